@@ -1,0 +1,59 @@
+# make demo   install into .venv and ask the built-in model a few questions
+# make test   install the test tools too and run every check
+# The other targets are for developers; see CONTRIBUTING.md.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first Python that is new enough; to choose: make PYTHON=python3.12 demo
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN_STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+
+.PHONY: demo test check lint pytest slow bench eval validate clean
+
+demo: $(RUN_STAMP)
+	$(BIN)/argosy demo
+
+test: check
+
+check: lint pytest
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+# Two workers with one thread each: torch's own threads would make them fight for the cores.
+pytest: $(TEST_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda"
+
+slow: $(TEST_STAMP)
+	$(BIN)/pytest -q -m "slow and not cuda"
+
+bench: $(RUN_STAMP)
+	$(BIN)/argosy bench
+
+eval: $(RUN_STAMP)
+	$(BIN)/argosy eval
+
+validate: $(TEST_STAMP)
+	$(BIN)/argosy validate
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python demo"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is renewed when what it installed has changed; --editable makes source changes need no reinstallation.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+$(TEST_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[test,train]'
+	touch $@ $(RUN_STAMP)
+
+clean:
+	rm -rf $(VENV) build dist argosy.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

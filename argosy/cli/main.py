@@ -1,0 +1,189 @@
+"""The ``argosy`` program: parses flags, runs one command, turns errors into one line and an exit code.
+
+Exit codes: 0 done; 1 the world failed, or a line, a gate or a score did; 2 what the user gave cannot be used; 130
+Ctrl-C. Invariant: a user sees a traceback only with ``--debug``.
+"""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from functools import reduce
+from operator import or_
+from types import MappingProxyType
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from argosy.cli.bench import BenchOptions, run_bench
+from argosy.cli.chat import ChatOptions, run_chat
+from argosy.cli.code_version import read_version
+from argosy.cli.demo import DemoOptions, run_demo
+from argosy.cli.eval import EvalOptions, run_eval
+from argosy.cli.flags import build_config, build_flag_class
+from argosy.cli.generate import GenerateOptions, run_generate
+from argosy.cli.invocation import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Invocation
+from argosy.cli.language_model import BuildLanguageModel, build_llm
+from argosy.cli.terminal import Terminal, system_terminal
+from argosy.cli.validate import ValidateOptions, run_validate
+from argosy.config import EngineConfig
+from argosy.sampling_params import SamplingParams
+
+DESCRIPTION = "DeepSeek-V3.2 on one machine: generate, chat, measure, validate."
+
+# NOTE: a command answers the same way every time unless told otherwise, so it is greedy; --seed is the engine's, which
+# gives every request without a seed of its own a different one.
+SAMPLING_DEFAULTS: Mapping[str, object] = MappingProxyType({"temperature": 0.0, "max_tokens": 256})
+GENERATE_OMITS = frozenset({"seed"})
+CHAT_OMITS = GENERATE_OMITS | {"n", "logprobs", "skip_special_tokens"}
+NO_OMITS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionOptions:
+    """Print the version."""
+
+    debug: bool = False  # show tracebacks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One subcommand: its own options, what it runs, and which shared flags it takes."""
+
+    options_class: type
+    run: Callable[[Any, Invocation], int]
+    has_engine_flags: bool = True
+    sampling_omits: frozenset[str] | None = None  # None: no sampling flags
+
+
+def run_version(options: VersionOptions, invocation: Invocation) -> int:
+    print(f"argosy {read_version()}", file=invocation.terminal.stdout)
+    return EXIT_OK
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "generate": Command(options_class=GenerateOptions, run=run_generate, sampling_omits=GENERATE_OMITS),
+        "chat": Command(options_class=ChatOptions, run=run_chat, sampling_omits=CHAT_OMITS),
+        "demo": Command(options_class=DemoOptions, run=run_demo),
+        "eval": Command(options_class=EvalOptions, run=run_eval),
+        "validate": Command(options_class=ValidateOptions, run=run_validate),
+        "bench": Command(options_class=BenchOptions, run=run_bench),
+        "version": Command(options_class=VersionOptions, run=run_version, has_engine_flags=False),
+    }
+)
+
+
+def run_program() -> int:
+    """The console script: ``main`` on this process's arguments and streams; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character (an old locale) gets a mark instead of an exception.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        exit_code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our stdout has left (``argosy ... | head``): no message, and no second error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return exit_code
+
+
+def main(
+    arguments: Sequence[str], *, build_llm: BuildLanguageModel = build_llm, terminal: Terminal | None = None
+) -> int:
+    """The exit code. Flags that cannot be parsed end in ``SystemExit(2)``, as with every Python program."""
+    terminal = terminal or system_terminal()
+    name, parsed = parse_arguments(arguments)
+    command, flags = COMMANDS[name], getattr(parsed, name)
+    try:
+        options: object = build_config(command.options_class, flags)
+        return command.run(options, _build_invocation(command, parsed, tuple(arguments), terminal, build_llm))
+    except KeyboardInterrupt:
+        terminal.warn("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if flags.debug:
+            traceback.print_exc(file=terminal.stderr)
+        return _report_error(error, terminal)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
+    """The command's name, and its flags in groups: its own under its name, ``engine``, ``sampling``.
+
+    Raises:
+        SystemExit: with 0 after ``--help``, with 2 for flags that cannot be parsed.
+    """
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        _explain_commands(arguments)
+    command = COMMANDS[name]
+    parsed: Any = tyro.cli(
+        _build_arguments_class(name, command),
+        prog=f"argosy {name}",
+        description=command.options_class.__doc__,
+        args=list(arguments[1:]),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return name, parsed
+
+
+def _explain_commands(arguments: Sequence[str]) -> NoReturn:
+    """``argosy --help``, or the complaint about a command that does not exist: no command's flags are looked at."""
+    without_flags = [
+        Annotated[make_dataclass(name, (), namespace={"__doc__": command.options_class.__doc__}), _subcommand(name)]
+        for name, command in COMMANDS.items()
+    ]
+    any_command: Any = reduce(or_, without_flags)
+    tyro.cli(any_command, prog="argosy", description=DESCRIPTION, args=list(arguments))
+    raise SystemExit(EXIT_USER_ERROR)
+
+
+def _subcommand(name: str) -> object:
+    return tyro.conf.subcommand(name)
+
+
+def _build_arguments_class(name: str, command: Command) -> type:
+    """The command's own flags, ``engine`` and ``sampling`` as nested dataclasses; tyro shows each as a group."""
+    groups: list[tuple[str, type, Any]] = [(name, build_flag_class(command.options_class), field())]
+    if command.has_engine_flags:
+        groups.append(("engine", build_flag_class(EngineConfig), field()))
+    if command.sampling_omits is not None:
+        flags = build_flag_class(SamplingParams, omit=command.sampling_omits, defaults=SAMPLING_DEFAULTS)
+        groups.append(("sampling", flags, field()))
+    class_name = f"{command.options_class.__name__}Arguments"
+    return make_dataclass(class_name, groups, frozen=True, namespace={"__doc__": command.options_class.__doc__})
+
+
+def _build_invocation(
+    command: Command, parsed: Any, arguments: tuple[str, ...], terminal: Terminal, build_llm: BuildLanguageModel
+) -> Invocation:
+    engine_config = build_config(EngineConfig, parsed.engine) if command.has_engine_flags else EngineConfig()
+    sampling_params = SamplingParams()
+    if command.sampling_omits is not None:
+        sampling_params = build_config(SamplingParams, parsed.sampling, omit=command.sampling_omits)
+    return Invocation(
+        engine_config=engine_config,
+        sampling_params=sampling_params,
+        terminal=terminal,
+        build_llm=build_llm,
+        arguments=arguments,
+    )
+
+
+def _report_error(error: Exception, terminal: Terminal) -> int:
+    """One line, and whose fault it was."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError):
+        terminal.warn(f"error: {text}")
+        return EXIT_USER_ERROR
+    if isinstance(error, (RuntimeError, OSError)):
+        terminal.warn(f"error: {text}")
+        return EXIT_FAILED
+    terminal.warn(f"internal error: {type(error).__name__}: {text} (a bug; --debug shows where)")
+    return EXIT_FAILED

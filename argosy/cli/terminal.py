@@ -1,0 +1,101 @@
+"""The three streams of a command, its progress bar and its Ctrl-C.
+
+Streams are arguments so that a command can be tested without a process. Invariant: progress and speeds go to stderr,
+results to stdout, so that a pipe carries results only.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terminal:
+    """Where a command reads and writes. ``stdin`` has a ``buffer``: JSON lines are read as bytes."""
+
+    stdin: TextIO
+    stdout: TextIO
+    stderr: TextIO
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        print(text, file=self.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"argosy: {text}")
+
+    def table_console(self) -> Console:
+        """A rich console on stdout: as wide as the terminal, 120 columns in a pipe."""
+        return Console(file=self.stdout, width=None if self.stdout.isatty() else 120, highlight=False)
+
+
+class ProgressCounter(Protocol):
+    def advance(self) -> None: ...
+
+
+class NullProgress:
+    """Stderr is not a terminal: nothing to draw."""
+
+    def advance(self) -> None:
+        return
+
+
+class BarProgress:
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
+        self._progress = progress
+        self._task_id = progress.add_task(description, total=total)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task_id)
+
+
+@contextmanager
+def show_progress(terminal: Terminal, description: str, total: int) -> Iterator[ProgressCounter]:
+    """A bar on stderr while the block runs, if stderr is a terminal and there is more than one thing to count."""
+    if not terminal.stderr.isatty() or total < 2:
+        yield NullProgress()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=terminal.stderr), transient=True) as progress:
+        yield BarProgress(progress, description, total)
+
+
+class InterruptWatch:
+    """Turns the first Ctrl-C into a flag that a loop reads between engine steps; a second one is a KeyboardInterrupt.
+
+    A step is never cut in half, so the engine stays usable and what was finished is kept.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def on_signal(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def watch_interrupt() -> Iterator[InterruptWatch]:
+    """While the block runs, Ctrl-C sets the yielded flag; never outside the main thread, which gets no signals."""
+    watch = InterruptWatch()
+    if threading.current_thread() is not threading.main_thread():
+        yield watch
+        return
+    previous = signal.signal(signal.SIGINT, watch.on_signal)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def system_terminal() -> Terminal:
+    return Terminal(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)

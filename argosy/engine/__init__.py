@@ -1,0 +1,1 @@
+"""What decides: requests, the scheduler, text in and out, and the loop that drives a replica."""

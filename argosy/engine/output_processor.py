@@ -1,0 +1,239 @@
+"""Turns what the engine says of its requests into what a user gets for a prompt.
+
+It splits a prompt with n > 1 into n engine requests and joins them again, makes text of tokens, and finds stop strings,
+which the engine cannot see. It neither schedules nor samples, and takes the time as an argument.
+Invariant: every request that was added and not removed gets exactly one output with ``finished`` set, its last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from argosy.engine.detokenizer import IncrementalDetokenizer, StopMatcher
+from argosy.engine.tokenizer import Tokenizer
+from argosy.messages import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenDelta, TokenLogprobs
+from argosy.sampling_params import MAX_SEED, SamplingParams
+
+
+class ChildRequest(msgspec.Struct, frozen=True):
+    """One engine request of a user's request: with n = 1 it has the same id, else ``request_id#index``."""
+
+    request_id: str
+    index: int
+    sampling_params: SamplingParams
+
+
+class ProcessedOutputs(msgspec.Struct):
+    """What one step brought."""
+
+    outputs: list[RequestOutput]  # one per user request that changed
+    finish_request_ids: list[tuple[str, FinishReason]]  # what the engine must end: stop strings
+
+
+class OutputProcessor:
+    """The user requests under way."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[str, _UserRequest] = {}
+        self._completions: dict[str, _Completion] = {}  # by engine request id; only unfinished ones
+
+    @property
+    def num_unfinished(self) -> int:
+        """User requests without their last output."""
+        return len(self._requests)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        arrival_s: float,
+        *,
+        is_streamed: bool = True,
+    ) -> list[ChildRequest]:
+        """Registers a user's request and returns the engine requests to start for it.
+
+        Args:
+            arrival_s: ``time.monotonic`` seconds, as every time here.
+            is_streamed: False gives one output, at the end, instead of one per step.
+
+        Raises:
+            ValueError: the id, or that of a child, is in use.
+        """
+        children = split_request(request_id, sampling_params)
+        taken = [name for name in (request_id, *(child.request_id for child in children)) if self._is_in_use(name)]
+        if taken:
+            raise ValueError(f"request_id {taken[0]!r} is in use by an unfinished request; choose another")
+        request = _UserRequest(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            arrival_s=arrival_s,
+            is_streamed=is_streamed,
+            num_unfinished=len(children),
+        )
+        stop = StopMatcher(sampling_params.stop) if sampling_params.stop else ()  # one for all children
+        for child in children:
+            completion = _Completion(request, child, self._tokenizer, stop)
+            request.completions.append(completion)
+            self._completions[child.request_id] = completion
+        self._requests[request_id] = request
+        return children
+
+    def remove(self, request_id: str) -> list[str]:
+        """Forgets a user's request, which gets no further output; returns its engine requests that still run.
+
+        An unknown or finished request gives []. What the engine still says of the removed ones is ignored.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return []
+        running = [each.request_id for each in request.completions if each.finish_reason is None]
+        for child_id in running:
+            del self._completions[child_id]
+        return running
+
+    def process(self, deltas: Sequence[TokenDelta], now_s: float) -> ProcessedOutputs:
+        """Takes the news of one step. Deltas of requests that are finished or removed here are ignored."""
+        changed: dict[str, _UserRequest] = {}
+        finish_request_ids: list[tuple[str, FinishReason]] = []
+        for delta in deltas:
+            completion = self._completions.get(delta.request_id)
+            if completion is None:
+                continue
+            completion.apply(delta)
+            request = completion.request
+            changed[request.request_id] = request
+            if request.first_token_s is None and completion.token_ids:
+                request.first_token_s = now_s
+            if completion.finish_reason is not None:
+                self._finish(completion, now_s)
+                if delta.finish_reason is None:
+                    finish_request_ids.append((completion.request_id, completion.finish_reason))
+        outputs = [each.build_output() for each in changed.values() if each.is_streamed or each.num_unfinished == 0]
+        return ProcessedOutputs(outputs, finish_request_ids)
+
+    def _is_in_use(self, request_id: str) -> bool:
+        return request_id in self._requests or request_id in self._completions
+
+    def _finish(self, completion: "_Completion", now_s: float) -> None:
+        del self._completions[completion.request_id]
+        request = completion.request
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            request.finished_s = now_s
+            del self._requests[request.request_id]
+
+
+def split_request(request_id: str, sampling_params: SamplingParams) -> list[ChildRequest]:
+    """The engine requests of a user's request, each with n = 1; a seed gives child i the seed ``seed + i``."""
+    if sampling_params.n == 1:
+        return [ChildRequest(request_id, 0, sampling_params)]
+    children = []
+    for index in range(sampling_params.n):
+        seed = sampling_params.seed
+        if seed is not None:
+            seed = (seed + index) % (MAX_SEED + 1)
+        children.append(ChildRequest(f"{request_id}#{index}", index, replace(sampling_params, n=1, seed=seed)))
+    return children
+
+
+@dataclass(kw_only=True, slots=True)
+class _UserRequest:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    arrival_s: float
+    is_streamed: bool
+    num_unfinished: int
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    completions: list["_Completion"] = field(default_factory=list)
+
+    def build_output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[completion.build_output() for completion in self.completions],
+            finished=self.num_unfinished == 0,
+            metrics=RequestMetrics(self.arrival_s, self.first_token_s, self.finished_s),
+            num_cached_tokens=self.completions[0].num_cached_tokens,  # later children find what the first one computed
+        )
+
+
+class _Completion:
+    """One completion as far as it has come."""
+
+    __slots__ = (
+        "_cumulative_logprob",
+        "_detokenizer",
+        "_index",
+        "_logprobs",
+        "_shows_stop_token",
+        "_stop_reason",
+        "finish_reason",
+        "num_cached_tokens",
+        "request",
+        "request_id",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request: _UserRequest, child: ChildRequest, tokenizer: Tokenizer, stop: StopMatcher | tuple[()]
+    ) -> None:
+        params = child.sampling_params
+        self.request = request
+        self.request_id = child.request_id
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.num_cached_tokens = 0
+        self._index = child.index
+        self._stop_reason: int | str | None = None
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._shows_stop_token = params.include_stop_str_in_output
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, stop, params.include_stop_str_in_output, params.skip_special_tokens, params.min_tokens
+        )
+
+    def apply(self, delta: TokenDelta) -> None:
+        detokenizer = self._detokenizer
+        new_ids = delta.new_token_ids
+        num_before = len(self.token_ids)
+        # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
+        is_last_hidden = delta.finish_reason is FinishReason.STOP and not self._shows_stop_token
+        detokenizer.append(new_ids[:-1] if is_last_hidden else new_ids)
+        finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
+        if finish_reason is not None:
+            detokenizer.finish()
+        if detokenizer.stop_reason is not None:
+            finish_reason, stop_reason = FinishReason.STOP, detokenizer.stop_reason
+            new_ids = new_ids[: detokenizer.num_tokens - num_before]
+        self.token_ids += new_ids
+        self._add_logprobs(delta.new_logprobs, len(new_ids))
+        self.finish_reason, self._stop_reason = finish_reason, stop_reason
+        self.num_cached_tokens = delta.num_cached_tokens
+
+    def build_output(self) -> CompletionOutput:
+        logprobs = self._logprobs
+        return CompletionOutput(
+            index=self._index,
+            text=self._detokenizer.text,
+            token_ids=self.token_ids.copy(),  # the user may keep an output while this list grows
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+            stop_reason=self._stop_reason,
+            cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
+            logprobs=None if logprobs is None else logprobs.copy(),
+        )
+
+    def _add_logprobs(self, new_logprobs: list[TokenLogprobs] | None, num_tokens: int) -> None:
+        if self._logprobs is None or num_tokens == 0:
+            return
+        assert new_logprobs is not None and len(new_logprobs) >= num_tokens, f"{self.request_id}: logprobs are missing"
+        kept = new_logprobs[:num_tokens]
+        self._logprobs += kept
+        self._cumulative_logprob += sum(each.logprob for each in kept)

@@ -1,0 +1,173 @@
+"""One generation, as the scheduler sees it: its tokens, how far they are computed, and what it holds while it runs.
+
+It schedules nothing: what it holds is written by the scheduler alone. Text and times are the output processor's.
+Invariant: ``num_computed_tokens < num_tokens`` while unfinished, so there is always a next token to sample.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from argosy.messages import AdmittedRequest, FinishReason
+from argosy.sampling_params import SamplingParams
+
+NO_ROW = -1
+
+
+class RequestStatus(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    WAITING_FOR_KV = "waiting_for_kv"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED_STOPPED = "finished_stopped"
+    FINISHED_LENGTH = "finished_length"
+    FINISHED_ABORTED = "finished_aborted"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.value.startswith("finished")
+
+    @staticmethod
+    def finished(reason: FinishReason) -> "RequestStatus":
+        match reason:
+            case FinishReason.STOP:
+                return RequestStatus.FINISHED_STOPPED
+            case FinishReason.LENGTH:
+                return RequestStatus.FINISHED_LENGTH
+            case FinishReason.ABORT:
+                return RequestStatus.FINISHED_ABORTED
+
+
+class Request:
+    """A prompt, its sampling settings and its output so far.
+
+    ``priority``: lower runs first. Requests with different ``cache_salt`` never share cache blocks.
+    """
+
+    __slots__ = (
+        "all_token_ids",
+        "arrival",
+        "block_hashes",
+        "block_ids",
+        "cache_salt",
+        "check_at",
+        "draft_token_ids",
+        "eos_token_ids",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_published_blocks",
+        "num_slots",
+        "priority",
+        "request_id",
+        "row",
+        "sampling_params",
+        "status",
+        "stopping_token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        eos_token_ids: tuple[int, ...],
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.sampling_params = sampling_params
+        self.eos_token_ids = eos_token_ids
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.all_token_ids = list(prompt_token_ids)  # prompt, then output
+        self.num_prompt_tokens = len(self.all_token_ids)
+        ends = () if sampling_params.ignore_eos else eos_token_ids
+        self.stopping_token_ids = frozenset((*ends, *sampling_params.stop_token_ids))
+
+        self.status = RequestStatus.WAITING
+        self.arrival = -1  # order of add(), kept through preemptions
+        self.max_total_tokens = 0  # prompt + output may not grow past this; known once added
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # found by prefix match when first admitted
+        self.draft_token_ids: list[int] = []  # proposals that the next step verifies
+        self.row = NO_ROW
+        self.block_ids: list[int] = []
+        self.num_slots = 0  # tokens that block_ids can hold
+        self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids, as far as they were needed
+        self.num_published_blocks = 0  # leading blocks that the block manager may hand to others
+        self.check_at = 0  # num_computed_tokens from which update() must look closer: a full block, or the length limit
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """A copy."""
+        return self.all_token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy."""
+        return self.all_token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - self.num_prompt_tokens
+
+    def age(self) -> tuple[int, int]:
+        """Requests are served in this order; an older request compares lower."""
+        return self.priority, self.arrival
+
+    def limit_length(self, max_model_len: int) -> None:
+        """Set ``max_total_tokens``.
+
+        Raises:
+            ValueError: if not even one output token is possible.
+        """
+        if self.num_prompt_tokens == 0:
+            raise ValueError("the prompt is empty; it must have at least 1 token")
+        if self.num_prompt_tokens >= max_model_len:
+            raise ValueError(
+                f"the prompt has {self.num_prompt_tokens} tokens, but max_model_len is {max_model_len} and at least 1 "
+                "token must be left for the output; shorten the prompt or raise --max-model-len"
+            )
+        max_output_tokens = self.sampling_params.max_tokens or max_model_len
+        self.max_total_tokens = min(self.num_prompt_tokens + max_output_tokens, max_model_len)
+
+    def find_end(self) -> tuple[FinishReason | None, int | None]:
+        """Whether the last token ends the request, and which of ``stop_token_ids`` did (None for end-of-sequence).
+
+        No token stops before ``min_tokens`` output tokens came before it: the positions that the sampler masks. A token
+        that both stops and is the last allowed counts as a stop.
+        """
+        token_id, params = self.all_token_ids[-1], self.sampling_params
+        if token_id in self.stopping_token_ids and self.num_output_tokens > params.min_tokens:
+            is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+            return FinishReason.STOP, None if is_eos else token_id
+        if self.num_tokens >= self.max_total_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def admission(self) -> AdmittedRequest:
+        """What the runner must know; a copy, because a batch is a value and the request goes on."""
+        return AdmittedRequest(
+            self.row,
+            self.request_id,
+            self.all_token_ids.copy(),
+            self.num_prompt_tokens,
+            self.num_computed_tokens,
+            self.block_ids.copy(),
+            self.sampling_params,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.value}, {self.num_prompt_tokens} prompt and "
+            f"{self.num_output_tokens} output tokens, {self.num_computed_tokens} computed, row {self.row}, "
+            f"{len(self.block_ids)} blocks)"
+        )

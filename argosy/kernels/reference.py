@@ -1,0 +1,288 @@
+"""The specification of every operation, in plain torch; on a CPU it is also what runs.
+
+Nothing here knows of layers, requests or parallelism: tensors in, tensors out. Invariant: every function accepts T = 0.
+
+Shape letters: T tokens, B requests, D hidden, H heads, R kv_lora_rank, P qk_rope_head_dim, N qk_nope_head_dim,
+V v_head_dim, E experts, K experts per token, M sorted rows (T * K), S keys of one sequence, C = R + P, J index heads,
+I index_head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Upper bound of the scratch memory that the chunked loops below allocate at a time.
+_SCRATCH_BYTES = 64 * 2**20
+# Below these, grouped_mlp pads: rows in all, and padded rows per row.
+_MAX_PADDED_ROWS = 1024
+_MAX_PADDING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """cos and sin by position: each [max_positions, P / 2] float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> "RotaryTable":
+        """Rows for ``positions``: [T] -> cos, sin [T, P / 2]."""
+        return RotaryTable(self.cos[positions], self.sin[positions])
+
+
+# --- norms and activations --------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x: [T, n]`` any float, ``weight: [n]`` float32 -> [T, n] in x's dtype; the arithmetic is float32."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x: [T, n]`` -> [T, n] in x's dtype; float32 inside."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gate_up: [M, 2F]`` (gate first) -> silu(gate) * up: [M, F]; float32 inside (DeepSeek's inference/model.py)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x: [T, n]``, ``weight: [m, n]`` -> x @ weight^T [T, m] float32, accumulated in float32."""
+    return F.linear(x.float(), weight.float())
+
+
+# --- rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+def rope_interleaved(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Rotate the pairs (x0, x1), (x2, x3), ... : MLA's layout. ``x: [T, heads, P]``, table rows [T, P / 2]."""
+    cos, sin = table.cos.unsqueeze(1), table.sin.unsqueeze(1)  # [T, 1, P / 2]
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rope_half_split(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Rotate the pairs (x0, x[P/2]), (x1, x[P/2 + 1]), ... : the indexer's layout. ``x: [T, heads, P]``."""
+    cos, sin = table.cos.unsqueeze(1), table.sin.unsqueeze(1)
+    first, second = (half.float() for half in x.chunk(2, dim=-1))
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+
+def write_cache(cache: torch.Tensor, slot_mapping: torch.Tensor, values: torch.Tensor) -> None:
+    """Write ``values: [T, n]`` into ``cache: [num_blocks, block_size, n]`` in place; slot -1 writes nothing.
+
+    NOTE(order): on the CPU a slot of -1 lands in the null block (slot 0), which nobody reads.
+    """
+    cache.view(-1, cache.shape[-1]).index_copy_(0, slot_mapping.clamp(min=0), values.to(cache.dtype))
+
+
+def gather_cache(cache: torch.Tensor, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+    """Entries of whole sequences: ``cache: [num_blocks, block_size, n]``, ``block_table: [B, >= blocks]`` -> [B,
+    max_seq_len, n].
+
+    What lies beyond a sequence's length is whatever the cache holds; the caller masks it.
+    """
+    block_size = cache.shape[1]
+    num_blocks = (max_seq_len + block_size - 1) // block_size
+    blocks = cache.index_select(0, block_table[:, :num_blocks].flatten())  # [B * blocks, block_size, n]
+    return blocks.view(block_table.shape[0], num_blocks * block_size, cache.shape[2])[:, :max_seq_len]
+
+
+# --- the indexer ------------------------------------------------------------------------------------------------------
+
+
+def index_scores(index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor) -> torch.Tensor:
+    """sum over heads of weight * relu(q . k): ``index_q [B, T, J, I]``, ``index_k [B, S, I]``, ``index_weights [B,
+    T, J]`` f32.
+
+    Returns [B, T, S] float32. The weights already hold I^-0.5 * J^-0.5 (DeepSeek-V3.2 report, equation 1).
+    """
+    batch, num_tokens, heads, _ = index_q.shape
+    num_keys = index_k.shape[1]
+    keys = index_k.transpose(1, 2).float()  # [B, I, S]
+    scores = index_weights.new_empty(batch, num_tokens, num_keys)
+    step = max(1, _SCRATCH_BYTES // max(1, 4 * batch * heads * num_keys))
+    for start in range(0, num_tokens, step):
+        queries = index_q[:, start : start + step].float()
+        taken = queries.shape[1]
+        products = torch.bmm(queries.flatten(1, 2), keys).relu_().view(batch * taken, heads, num_keys)
+        weights = index_weights[:, start : start + step].reshape(batch * taken, 1, heads)
+        scores[:, start : start + step] = torch.bmm(weights, products).view(batch, taken, num_keys)
+    return scores
+
+
+def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """Positions of the ``topk`` highest scores among the first ``num_visible`` keys: [N, topk] int32, -1 where there
+    are fewer.
+
+    ``scores: [N, S]`` float32, ``num_visible: [N]``. Ties go to the lowest position, so the choice is deterministic:
+    score and position are packed into one integer, which makes every key distinct.
+    """
+    num_keys = scores.shape[1]
+    position = torch.arange(num_keys, device=scores.device)
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the float's value
+    keys = (ordered.long() << 32) | (0x7FFFFFFF - position)
+    keys = torch.where(position < num_visible.unsqueeze(1), keys, torch.iinfo(torch.int64).min)
+    values, chosen = keys.topk(min(topk, num_keys), dim=1)
+    chosen = torch.where(values == torch.iinfo(torch.int64).min, -1, chosen).to(torch.int32)
+    return F.pad(chosen, (0, topk - chosen.shape[1]), value=-1)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attend_expanded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_computed: int, softmax_scale: float
+) -> torch.Tensor:
+    """Causal attention of one sequence with materialised heads.
+
+    ``query: [T, H, N + P]`` are positions num_computed .. num_computed + T - 1; ``key: [S, H, N + P]``,
+    ``value: [S, H, V]`` with S = num_computed + T. Returns [T, H, V].
+    """
+    num_tokens, num_keys = query.shape[0], key.shape[0]
+    mask = None
+    if num_tokens > 1 and num_computed:
+        rows = torch.arange(num_computed, num_keys, device=query.device).unsqueeze(1)
+        mask = torch.arange(num_keys, device=query.device) <= rows  # [T, S]
+    heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, is_causal=num_tokens > 1 and not num_computed, scale=softmax_scale
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def attend_absorbed(
+    query: torch.Tensor, latent: torch.Tensor, is_visible: torch.Tensor, kv_lora_rank: int, softmax_scale: float
+) -> torch.Tensor:
+    """Attention in latent space: every head of a token reads the same rows.
+
+    ``query: [T, H, C]`` (q_nope absorbed, then q_rope), ``latent: [T, S, C]``, ``is_visible: [T, S]`` with at least one
+    True a row. Returns [T, H, R], still to be multiplied by w_uv. Softmax in float32.
+    """
+    scores = torch.bmm(query, latent.transpose(1, 2)).float() * softmax_scale  # [T, H, S]
+    scores.masked_fill_(~is_visible.unsqueeze(1), float("-inf"))
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    return torch.bmm(weights, latent[..., :kv_lora_rank])
+
+
+def attend_sparse(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    topk_slots: torch.Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Absorbed attention over gathered cache rows.
+
+    ``query: [T, H, C]``, ``latent_cache: [num_blocks, block_size, C]``, ``topk_slots: [T, index_topk]`` int64 slots,
+    -1 none. Returns [T, H, R].
+    """
+    rows = latent_cache.view(-1, latent_cache.shape[-1])
+    num_tokens, num_selected = topk_slots.shape
+    out = query.new_empty(num_tokens, query.shape[1], kv_lora_rank)
+    step = max(1, _SCRATCH_BYTES // (num_selected * rows.shape[1] * rows.element_size()))
+    for start in range(0, num_tokens, step):
+        slots = topk_slots[start : start + step]
+        latent = rows.index_select(0, slots.clamp(min=0).flatten())
+        latent = latent.view(slots.shape[0], num_selected, rows.shape[1])  # [t, index_topk, C]
+        out[start : start + step] = attend_absorbed(
+            query[start : start + step], latent, slots >= 0, kv_lora_rank, softmax_scale
+        )
+    return out
+
+
+def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Cache slots [N, k] int64 of ``positions: [N, k]`` int32 (-1 none), given ``block_table: [N or 1, blocks]``."""
+    known = positions.clamp(min=0).long()
+    blocks = block_table.expand(positions.shape[0], block_table.shape[1]).gather(1, known // block_size).long()
+    return torch.where(positions >= 0, blocks * block_size + known % block_size, -1)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def route_grouped_topk(
+    router_logits: torch.Tensor,
+    correction_bias: torch.Tensor,
+    *,
+    n_group: int,
+    topk_group: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DeepSeek's noaux_tc router (V3 report, section 2.1.2).
+    f32.
+
+    Sigmoid scores plus bias choose: the best ``topk_group`` groups by the sum of their two best experts, then the best
+    experts within them (other groups are -inf). The weights are the scores *without* the bias.
+    Returns topk_ids [T, K] int32 and topk_weights [T, K] float32.
+    """
+    num_tokens, num_experts = router_logits.shape
+    scores = router_logits.sigmoid()
+    biased = scores + correction_bias
+    if n_group > 1:
+        grouped = biased.view(num_tokens, n_group, num_experts // n_group)
+        group_scores = grouped.topk(2, dim=-1)[0].sum(dim=-1)  # [T, n_group]
+        chosen = group_scores.topk(topk_group, dim=-1)[1]
+        is_dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
+        biased = grouped.masked_fill(is_dropped.unsqueeze(-1), float("-inf")).flatten(1)
+    topk_ids = biased.topk(num_experts_per_tok, dim=-1)[1]
+    weights = scores.gather(1, topk_ids)
+    if norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return topk_ids.to(torch.int32), weights * routed_scaling_factor
+
+
+def grouped_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, num_tokens_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Every expert's gated MLP on its rows. ``x: [M, D]`` sorted by expert, counts [e] int32 -> [M, D].
+
+    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``. On a CPU, few rows are padded to the busiest expert's number:
+    one batched product then costs less than a product per expert.
+    """
+    num_experts = gate_up_proj.shape[0]
+    if x.is_cpu and 0 < x.shape[0] <= _MAX_PADDED_ROWS:
+        busiest = int(num_tokens_per_expert.max())  # NOTE(sync): free on a CPU
+        if num_experts * busiest <= _MAX_PADDING * x.shape[0]:
+            return _padded_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert, busiest)
+    gate_up = grouped_gemm(x, gate_up_proj, num_tokens_per_expert)
+    return grouped_gemm(silu_mul(gate_up), down_proj, num_tokens_per_expert)
+
+
+def _padded_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, counts: torch.Tensor, busiest: int
+) -> torch.Tensor:
+    num_experts, hidden_size = gate_up_proj.shape[0], x.shape[1]
+    # Row r of expert i goes to place i * busiest + r: its number, plus the padding of the experts before it.
+    padding_before = torch.arange(0, num_experts * busiest, busiest) - (counts.cumsum(0) - counts)
+    place = torch.arange(x.shape[0]) + padding_before.repeat_interleave(counts, output_size=x.shape[0])
+    padded = x.new_zeros(num_experts * busiest, hidden_size).index_copy_(0, place, x)
+    gate_up = torch.bmm(padded.view(num_experts, busiest, hidden_size), gate_up_proj.transpose(1, 2))
+    out = torch.bmm(silu_mul(gate_up), down_proj.transpose(1, 2))
+    return out.view(num_experts * busiest, hidden_size).index_select(0, place)
+
+
+def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """Sorted rows times their expert's matrix: ``x: [M, n]``, ``weight: [e, m, n]``, counts [e] -> [M, m]."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[1])
+    if x.is_cuda and x.dtype == torch.float32:  # torch has no float32 grouped product for CUDA
+        return grouped_gemm_loop(x, weight, num_tokens_per_expert)
+    offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def grouped_gemm_loop(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """Slow twin of ``grouped_gemm``: one expert after another. NOTE(sync): reads the counts on the host."""
+    parts = x.split(num_tokens_per_expert.tolist())
+    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])

@@ -1,0 +1,111 @@
+"""What crosses layers and, with several ranks, processes: plain msgspec structs, no torch.
+
+A *row* is a small integer in [0, max_num_seqs) that the scheduler gives a request while it runs. The runner keeps its
+per-request state in tables indexed by row, so a step's plan is a few lists of integers. Invariant: everything here
+can be encoded by ``msgspec.msgpack`` and decoded to an equal object.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from argosy.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities at one output position, after temperature-free softmax of the raw logits."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = the likeliest token
+    top_token_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class AdmittedRequest(msgspec.Struct, frozen=True):
+    """All the runner must know of a request that takes a row: sent on admission and again after a preemption."""
+
+    row: int
+    request_id: str
+    token_ids: list[int]  # prompt plus output so far
+    num_prompt_tokens: int
+    num_computed_tokens: int  # > 0 after a prefix-cache hit
+    block_ids: list[int]
+    sampling_params: SamplingParams
+
+
+class ScheduledBatch(msgspec.Struct):
+    """One step's plan for one replica. Parallel lists, one entry per scheduled row, decodes first.
+
+    A row is *sampled* in this step when ``num_computed_tokens + num_scheduled_tokens`` equals the tokens known for it.
+    """
+
+    step: int
+    rows: list[int] = []
+    num_computed_tokens: list[int] = []  # before this step
+    num_scheduled_tokens: list[int] = []
+    admitted: list[AdmittedRequest] = []  # rows that (re)start in this step
+    new_block_ids: list[tuple[int, list[int]]] = []  # (row, blocks to append to its block table)
+    num_tokens: int = 0  # sum of num_scheduled_tokens
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows
+
+
+class StepOutput(msgspec.Struct):
+    """What a step produced, parallel to ``ScheduledBatch.rows``."""
+
+    sampled_token_ids: list[list[int]]  # [] for a row that was not sampled
+    logprobs: list[list[TokenLogprobs]] | None = None  # parallel to sampled_token_ids; None if nobody asked
+
+
+class TokenDelta(msgspec.Struct):
+    """New tokens of one request, and its end if it ended: engine -> detokeniser."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or string that ended it; None for end-of-sequence
+    new_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+
+
+class CompletionOutput(msgspec.Struct):
+    """One completion of a prompt, in vLLM's shape."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class RequestMetrics(msgspec.Struct):
+    """Times of one request, in seconds of ``time.monotonic``; None while not reached."""
+
+    arrival_s: float
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+class RequestOutput(msgspec.Struct):
+    """All completions of one prompt, in vLLM's shape."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0

@@ -1,0 +1,1 @@
+"""The models Argosy can run; one package each."""

@@ -1,0 +1,1 @@
+"""DeepSeek-V3.2: config, model, and the text format of its conversations."""

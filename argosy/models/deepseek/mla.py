@@ -1,0 +1,145 @@
+"""Multi-head Latent Attention with DeepSeek Sparse Attention, in its two algebras.
+
+*Expanded*: keys and values of every head are materialised from the latents; used when a prefill sees every position.
+*Absorbed*: the query is moved into latent space, so that all heads read the same cached rows; used for decode, and
+wherever attention is sparse. Both give the same numbers; tests hold them to it. This file does not schedule or
+allocate. Invariant: a token's own cache entry is written before anything reads the cache.
+
+Shape letters: T tokens, D hidden, H heads, R kv_lora_rank, P qk_rope_head_dim, N qk_nope_head_dim, V v_head_dim,
+C = R + P, S keys of one sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from argosy.cache.mla_kv_cache import LayerKV
+from argosy.kernels import (
+    attend_absorbed,
+    attend_expanded,
+    attend_sparse,
+    gather_cache,
+    rope_interleaved,
+    write_cache,
+)
+from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
+from argosy.layers.linear import Linear
+from argosy.layers.norm import RMSNorm
+from argosy.models.deepseek.config import ModelConfig
+from argosy.models.deepseek.indexer import Indexer, IndexQuery
+
+
+@dataclass(frozen=True, slots=True)
+class HeadQueries:
+    """Per-head queries before either algebra."""
+
+    q_nope: torch.Tensor  # [T, H, N]
+    q_rope: torch.Tensor  # [T, H, P], rotated
+
+    def rows(self, start: int, end: int) -> "HeadQueries":
+        return HeadQueries(self.q_nope[start:end], self.q_rope[start:end])
+
+
+class MLAAttention(nn.Module):
+    """The checkpoint's ``self_attn``."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._heads = config.num_attention_heads
+        self._rank, self._rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+        self._nope_dim, self._v_dim = config.qk_nope_head_dim, config.v_head_dim
+        self._softmax_scale = config.softmax_scale
+        self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, dtype)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_b_proj = Linear(config.q_lora_rank, self._heads * config.qk_head_dim, dtype)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim, dtype)
+        self.kv_a_layernorm = RMSNorm(self._rank, config.rms_norm_eps)
+        self.kv_b_proj = Linear(self._rank, self._heads * (self._nope_dim + self._v_dim), dtype)
+        self.o_proj = Linear(self._heads * self._v_dim, config.hidden_size, dtype)
+        self.indexer = Indexer(config, dtype)
+
+    def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
+        """``hidden_states: [T, D]`` -> [T, D]. Writes this batch's entries into ``kv``."""
+        attention = batch.attention
+        q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
+        queries = self._make_queries(q_resid, batch)
+        write_cache(kv.latent, attention.slot_mapping, self._make_latent(hidden_states, batch))
+        write_cache(kv.index_k, attention.slot_mapping, self.indexer.make_key(hidden_states, batch.rotary))
+        index_query = None
+        if attention.max_seq_len > self.indexer.topk:  # else every position is selected: the scores are not needed
+            index_query = self.indexer.make_query(hidden_states, q_resid, batch.rotary)
+
+        out = hidden_states.new_empty(hidden_states.shape[0], self._heads, self._v_dim)
+        if attention.num_decode_tokens:
+            out[: attention.num_decode_tokens] = self._decode(queries, index_query, attention, kv)
+        for segment in attention.prefill_segments:
+            out[segment.start : segment.end] = self._prefill(queries, index_query, attention, kv, segment)
+        return self.o_proj(out.flatten(1))
+
+    def _make_queries(self, q_resid: torch.Tensor, batch: ForwardBatch) -> HeadQueries:
+        query = self.q_b_proj(q_resid).view(q_resid.shape[0], self._heads, self._nope_dim + self._rope_dim)
+        q_nope, q_rope = query.split([self._nope_dim, self._rope_dim], dim=-1)
+        return HeadQueries(q_nope, rope_interleaved(q_rope, batch.rotary))
+
+    def _make_latent(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What the cache keeps of each token: normed kv_latent, then rotated k_rope: [T, C]."""
+        kv_latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self._rank, self._rope_dim], dim=-1)
+        k_rope = rope_interleaved(k_rope.unsqueeze(1), batch.rotary).squeeze(1)
+        return torch.cat((self.kv_a_layernorm(kv_latent), k_rope), dim=-1)
+
+    def _decode(
+        self, queries: HeadQueries, index_query: IndexQuery | None, attention: AttentionMetadata, kv: LayerKV
+    ) -> torch.Tensor:
+        """One token per request, absorbed: [num_decode_tokens, H, V]."""
+        rows = attention.num_decode_tokens
+        query = self._absorb(queries.rows(0, rows))
+        if index_query is None or attention.max_decode_seq_len <= self.indexer.topk:
+            latent = gather_cache(kv.latent, attention.block_table[:rows], attention.max_decode_seq_len)
+            position = torch.arange(attention.max_decode_seq_len, device=latent.device)
+            is_visible = position < attention.seq_lens[:rows].unsqueeze(1)
+            attended = attend_absorbed(query, latent, is_visible, self._rank, self._softmax_scale)
+        else:
+            slots = self.indexer.select_decode_slots(index_query, kv.index_k, attention)
+            attended = attend_sparse(query, kv.latent, slots, self._rank, self._softmax_scale)
+        return self._unabsorb(attended)
+
+    def _prefill(
+        self,
+        queries: HeadQueries,
+        index_query: IndexQuery | None,
+        attention: AttentionMetadata,
+        kv: LayerKV,
+        segment: PrefillSegment,
+    ) -> torch.Tensor:
+        """One request's tokens: [segment.num_tokens, H, V]; expanded while every position is selected, else sparse."""
+        queries = queries.rows(segment.start, segment.end)
+        if index_query is None or segment.seq_len <= self.indexer.topk:
+            latent = gather_cache(kv.latent, attention.block_table[segment.row : segment.row + 1], segment.seq_len)
+            return self._attend_expanded(queries, latent.squeeze(0), segment.num_computed_tokens)
+        slots = self.indexer.select_prefill_slots(index_query, kv.index_k, attention, segment)
+        attended = attend_sparse(self._absorb(queries), kv.latent, slots, self._rank, self._softmax_scale)
+        return self._unabsorb(attended)
+
+    def _attend_expanded(self, queries: HeadQueries, latent: torch.Tensor, num_computed: int) -> torch.Tensor:
+        """``latent: [S, C]`` -> keys [k_nope | k_rope] and values of every head, then plain attention: [T, H, V]."""
+        kv_latent, k_rope = latent.split([self._rank, self._rope_dim], dim=-1)
+        expanded = self.kv_b_proj(kv_latent).view(latent.shape[0], self._heads, self._nope_dim + self._v_dim)
+        k_nope, value = expanded.split([self._nope_dim, self._v_dim], dim=-1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self._heads, -1)), dim=-1)
+        query = torch.cat((queries.q_nope, queries.q_rope), dim=-1)
+        return attend_expanded(query, key, value, num_computed, self._softmax_scale)
+
+    def _absorb(self, queries: HeadQueries) -> torch.Tensor:
+        """[q_nope @ w_uk | q_rope]: [T, H, C]."""
+        w_uk = self._kv_b_heads()[:, : self._nope_dim]  # [H, N, R]
+        q_latent = torch.bmm(queries.q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        return torch.cat((q_latent, queries.q_rope), dim=-1)
+
+    def _unabsorb(self, attended: torch.Tensor) -> torch.Tensor:
+        """``attended: [T, H, R]`` @ w_uv -> [T, H, V]."""
+        w_uv = self._kv_b_heads()[:, self._nope_dim :]  # [H, V, R]
+        return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def _kv_b_heads(self) -> torch.Tensor:
+        return self.kv_b_proj.weight.view(self._heads, self._nope_dim + self._v_dim, self._rank)

@@ -1,0 +1,40 @@
+"""The questions the engine asks of a device; one subclass a kind of device, chosen once by ``select_platform``."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Bytes of the memory that the device computes in."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+class Platform(ABC):
+    """A kind of device. Constructed once and passed down; holds no state of a step."""
+
+    device_type: str
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the ``local_rank``-th process on this node."""
+
+    @abstractmethod
+    def device_name(self) -> str:
+        """For people: what the hardware calls itself."""
+
+    @abstractmethod
+    def memory_info(self) -> MemoryInfo:
+        """NOTE(sync): asks the driver."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything started on the device is done."""
+
+    @abstractmethod
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """What ``--dtype auto`` means here."""

@@ -1,0 +1,25 @@
+"""NVIDIA cards."""
+
+import torch
+
+from argosy.platforms.base import MemoryInfo, Platform
+
+
+class CudaPlatform(Platform):
+    device_type = "cuda"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cuda", local_rank)
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name()
+
+    def memory_info(self) -> MemoryInfo:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return MemoryInfo(free_bytes=free_bytes, total_bytes=total_bytes)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        return checkpoint_dtype

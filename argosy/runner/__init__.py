@@ -1,0 +1,1 @@
+"""One step on one rank: pack the batch, run the model, sample."""

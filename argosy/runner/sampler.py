@@ -1,0 +1,270 @@
+"""Turns logits into tokens, each row by its own request's settings.
+
+Settings live in host tables indexed by row, so a step costs no loop over requests; a batch in which every row is greedy
+and plain is one argmax. It keeps no random state (``random_stream.py``) and no token ids (see ``TokenHistory``).
+Order of the steps: logit bias, min_tokens mask, penalties, temperature, min-p, top-k, top-p, draw. Invariant: the token
+of a row depends on its logits, its settings, its key and its history alone.
+
+Shape letters: N rows to sample, M rows that need a step, V valid tokens.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from argosy.messages import AdmittedRequest, TokenLogprobs
+from argosy.runner import sampling_ops
+from argosy.runner.random_stream import key_from_request, key_from_seed, uniforms
+from argosy.sampling_params import SamplingParams
+
+# Below this, float32 cannot tell a temperature from 0: the likeliest token has all the mass either way.
+_MIN_TEMPERATURE = 1e-6
+_MIN_REPETITION = 1e-30  # a logit divided by it is still finite
+_MAX_DRAW_ELEMENTS = 2**23  # rows times tokens that are filtered at once: bounds temporary memory to about 0.3 GB
+
+
+class TokenHistory(Protocol):
+    """The caller's host tables, indexed by row; read only for rows that need them."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...  # [max_num_seqs, max length] int32: prompt, then output
+
+    @property
+    def num_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
+
+    @property
+    def num_prompt_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token per sampled row."""
+
+    token_ids: torch.Tensor  # [N] int64, on the device of the logits
+    logprobs: list[TokenLogprobs | None] | None  # None where a row did not ask; None at all if no row did
+
+
+class _Needs(enum.IntFlag):
+    """What a row needs beyond argmax."""
+
+    DRAW = 1
+    TOP = 2
+    MIN_P = 4
+    BIAS = 8
+    MIN_TOKENS = 16
+    PENALTIES = 32
+    LOGPROBS = 64
+
+
+class Sampler:
+    """The sampler of one rank.
+
+    Args:
+        vocab_size: width of the logits.
+        num_valid_tokens: entries of the tokenizer; logits from there on are padding and can never be chosen.
+        engine_seed: seeds requests that bring no seed.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, num_valid_tokens: int, max_num_seqs: int, device: torch.device, engine_seed: int
+    ) -> None:
+        if not 1 <= num_valid_tokens <= vocab_size:
+            raise ValueError(
+                f"the tokenizer has {num_valid_tokens} entries, but the model's vocab_size is {vocab_size}; "
+                "tokenizer and model must belong together"
+            )
+        self._vocab_size = vocab_size
+        self._num_valid_tokens = num_valid_tokens
+        self._device = device
+        self._engine_seed = engine_seed
+        self._needs = np.zeros(max_num_seqs, dtype=np.uint8)
+        self._key = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._temperature = np.ones(max_num_seqs, dtype=np.float32)
+        self._top_k = np.ones(max_num_seqs, dtype=np.int64)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float64)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self._repetition = np.ones(max_num_seqs, dtype=np.float32)
+        self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
+        self._presence = np.zeros(max_num_seqs, dtype=np.float32)
+        self._min_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_logprobs = np.zeros(max_num_seqs, dtype=np.int64)
+        no_ids, no_values = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        self._bias_ids = [no_ids] * max_num_seqs
+        self._bias_values = [no_values] * max_num_seqs
+        self._stop_ids = [no_ids] * max_num_seqs
+
+    def admit(self, row: int, request: AdmittedRequest, eos_token_ids: Sequence[int]) -> None:
+        """Take over the settings of the request that (re)starts in ``row``, in place of the last one's."""
+        params = request.sampling_params
+        self._set_key(row, request)
+        self._temperature[row] = max(params.temperature, _MIN_TEMPERATURE)
+        self._top_k[row] = min(params.top_k if params.top_k > 0 else self._num_valid_tokens, self._num_valid_tokens)
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._repetition[row] = max(params.repetition_penalty, _MIN_REPETITION)
+        self._frequency[row] = params.frequency_penalty
+        self._presence[row] = params.presence_penalty
+        self._min_tokens[row] = params.min_tokens
+        self._num_logprobs[row] = params.logprobs or 0
+        bias = params.logit_bias or {}
+        self._bias_ids[row] = np.fromiter(bias.keys(), dtype=np.int64)
+        self._bias_values[row] = np.fromiter(bias.values(), dtype=np.float32)
+        assert (self._bias_ids[row] < self._num_valid_tokens).all(), f"logit_bias of {request.request_id} is unchecked"
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        # A stop id beyond the tokenizer is never sampled, so it needs no mask.
+        self._stop_ids[row] = np.array([i for i in sorted(stop_ids) if i < self._num_valid_tokens], dtype=np.int64)
+        self._needs[row] = _find_needs(params, cuts_top_k=bool(self._top_k[row] < self._num_valid_tokens))
+
+    def sample(self, logits: torch.Tensor, rows: np.ndarray, history: TokenHistory) -> SampledTokens:
+        """One token for every line of ``logits``.
+
+        Args:
+            logits: [N, vocab_size], any float dtype; not changed.
+            rows: [N] integers, the row of each line.
+            history: the tokens known of each row *before* this step; their number is the position in the random stream.
+
+        Host arrays are copied to the device; nothing is read back unless a row asked for logprobs.
+        """
+        assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows), self._vocab_size)
+        scores = logits[:, : self._num_valid_tokens]  # the padded rows are cut off rather than masked: no copy
+        line_needs = self._needs[rows]
+        needs = int(np.bitwise_or.reduce(line_needs, initial=0))
+        if not needs:
+            return SampledTokens(sampling_ops.argmax(scores), None)
+        raw = scores.float()
+        adjusted = self._adjust(raw, rows, line_needs, history)
+        token_ids = sampling_ops.argmax(adjusted)
+        if needs & _Needs.DRAW:
+            self._draw_into(token_ids, adjusted, rows, line_needs, history)
+        logprobs = self._logprobs(raw, token_ids, rows, line_needs) if needs & _Needs.LOGPROBS else None
+        return SampledTokens(token_ids, logprobs)
+
+    def _set_key(self, row: int, request: AdmittedRequest) -> None:
+        """Kept with the request, not the row: a request that was preempted goes on in the same stream."""
+        seed = request.sampling_params.seed
+        self._key[row] = (
+            key_from_request(self._engine_seed, request.request_id) if seed is None else key_from_seed(seed)
+        )
+
+    def _adjust(
+        self, raw: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray, history: TokenHistory
+    ) -> torch.Tensor:
+        """Bias, min_tokens mask and penalties on a copy; ``raw`` itself if no row needs them."""
+        num_output_tokens = history.num_tokens[rows] - history.num_prompt_tokens[rows]
+        biased = np.flatnonzero(line_needs & _Needs.BIAS)
+        too_short = np.flatnonzero((line_needs & _Needs.MIN_TOKENS > 0) & (num_output_tokens < self._min_tokens[rows]))
+        penalised = np.flatnonzero(line_needs & _Needs.PENALTIES)
+        if not (biased.size or too_short.size or penalised.size):
+            return raw
+        scores = raw.clone()
+        if biased.size:
+            lines, token_ids = _flatten(biased, [self._bias_ids[row] for row in rows[biased]])
+            values = np.concatenate([self._bias_values[row] for row in rows[biased]])
+            scores[self._send(lines), self._send(token_ids)] += self._send(values)
+        if too_short.size:
+            lines, token_ids = _flatten(too_short, [self._stop_ids[row] for row in rows[too_short]])
+            scores[self._send(lines), self._send(token_ids)] = -torch.inf
+        if penalised.size:
+            lines_index = self._send(penalised)
+            scores[lines_index] = self._penalize(scores[lines_index], rows[penalised], history)
+        return scores
+
+    def _penalize(self, scores: torch.Tensor, rows: np.ndarray, history: TokenHistory) -> torch.Tensor:
+        """Counts are made anew from the history, O(its length): exact after any preemption, with no state to keep."""
+        num_tokens, num_prompt_tokens = history.num_tokens[rows, None], history.num_prompt_tokens[rows, None]
+        position = np.arange(num_tokens.max())
+        padding = self._num_valid_tokens
+        token_ids = np.minimum(history.token_ids[rows, : len(position)].astype(np.int64), padding)  # [M, longest]
+        token_ids[position >= num_tokens] = padding
+        output_ids = np.where(position >= num_prompt_tokens, token_ids, padding)
+        return sampling_ops.penalize(
+            scores,
+            sampling_ops.count_tokens(self._send(token_ids), padding),
+            sampling_ops.count_tokens(self._send(output_ids), padding),
+            repetition=self._send(self._repetition[rows, None]),
+            frequency=self._send(self._frequency[rows, None]),
+            presence=self._send(self._presence[rows, None]),
+        )
+
+    def _draw_into(
+        self,
+        token_ids: torch.Tensor,
+        scores: torch.Tensor,
+        rows: np.ndarray,
+        line_needs: np.ndarray,
+        history: TokenHistory,
+    ) -> None:
+        lines = np.flatnonzero(line_needs & _Needs.DRAW)
+        chunk_size = max(1, _MAX_DRAW_ELEMENTS // self._num_valid_tokens)
+        for start in range(0, len(lines), chunk_size):
+            chunk = lines[start : start + chunk_size]
+            chunk_rows = rows[chunk]
+            num_output_tokens = history.num_tokens[chunk_rows] - history.num_prompt_tokens[chunk_rows]
+            index = self._send(chunk)
+            scaled = sampling_ops.scale_by_temperature(scores[index], self._send(self._temperature[chunk_rows, None]))
+            self._filter(scaled, chunk_rows, line_needs[chunk])
+            uniform = self._send(uniforms(self._key[chunk_rows], num_output_tokens)[:, None])
+            token_ids[index] = sampling_ops.draw(scaled, uniform)
+
+    def _filter(self, scaled: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray) -> None:
+        """min-p, top-k and top-p, in place. With top-p and no top-k a line is sorted whole."""
+        if (line_needs & _Needs.MIN_P).any():
+            sampling_ops.mask_below_min_p(scaled, self._send(self._min_p[rows, None]))
+        filtered = np.flatnonzero(line_needs & _Needs.TOP)
+        if filtered.size:
+            index, top_k = self._send(filtered), self._top_k[rows[filtered], None]
+            part = scaled[index]
+            top_p = self._send(self._top_p[rows[filtered], None])
+            sampling_ops.mask_outside_top(part, self._send(top_k), top_p, int(top_k.max()))
+            scaled[index] = part
+
+    def _logprobs(
+        self, raw: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray
+    ) -> list[TokenLogprobs | None]:
+        """Of the model's own distribution, before bias, penalties and temperature, over the valid tokens."""
+        lines = np.flatnonzero(line_needs & _Needs.LOGPROBS)
+        num_top = np.minimum(self._num_logprobs[rows[lines]], self._num_valid_tokens)
+        index = self._send(lines)
+        values, chosen = raw[index].log_softmax(dim=1), token_ids[index]  # [M, V], [M]
+        top = sampling_ops.rank_tokens(values, int(num_top.max()))  # [M, largest num_top]
+        # NOTE(sync): five small reads, only in steps where a row asked for logprobs.
+        columns = zip(
+            lines.tolist(),
+            num_top.tolist(),
+            chosen.tolist(),
+            values.gather(1, chosen[:, None]).squeeze(1).tolist(),
+            sampling_ops.rank_of(values, chosen).tolist(),
+            top.tolist(),
+            values.gather(1, top).tolist(),
+            strict=True,
+        )
+        result: list[TokenLogprobs | None] = [None] * len(rows)
+        for line, num, token_id, logprob, rank, top_ids, top_values in columns:
+            result[line] = TokenLogprobs(token_id, logprob, rank, top_ids[:num], top_values[:num])
+        return result
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _find_needs(params: SamplingParams, *, cuts_top_k: bool) -> int:
+    is_drawn = not params.is_greedy
+    wanted = {
+        _Needs.DRAW: is_drawn,
+        _Needs.TOP: is_drawn and (cuts_top_k or params.top_p < 1.0),
+        _Needs.MIN_P: is_drawn and params.min_p > 0.0,
+        _Needs.BIAS: bool(params.logit_bias),
+        _Needs.MIN_TOKENS: params.min_tokens > 0,
+        _Needs.PENALTIES: params.needs_penalties,
+        _Needs.LOGPROBS: params.logprobs is not None,
+    }
+    return sum(need for need, is_wanted in wanted.items() if is_wanted)
+
+
+def _flatten(lines: np.ndarray, token_ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(line, token id) pairs of ragged lists, as two arrays."""
+    return np.repeat(lines, [len(ids) for ids in token_ids]), np.concatenate(token_ids)

@@ -1,0 +1,94 @@
+"""One decoder layer at V3.2's real widths in bfloat16, on the oracle's weights; experts are cut to what memory fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import DeepseekV32Config
+from transformers.masking_utils import create_causal_mask
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Model
+
+from argosy.cache.rope import build_rotary_table
+from argosy.engine.build import rotary_settings
+from argosy.models.deepseek.config import load_model_config
+from argosy.models.deepseek.model import DeepseekV32Model as OurModel
+from argosy.validation.probe import ModelProbe
+from tests.helpers.tolerance import BF16_LAYER_COSINE
+
+NUM_TOKENS = 48
+INDEX_TOPK = 32  # below NUM_TOKENS, so that the sparse path runs
+V32 = {
+    "vocab_size": 64,
+    "hidden_size": 7168,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": INDEX_TOPK,
+    "rope_scaling": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+
+
+def test_one_layer_at_real_widths_equals_the_oracle_in_bfloat16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    hf_config = DeepseekV32Config(**V32, max_position_embeddings=4096, attn_implementation="eager")
+    hf_config.architectures = ["DeepseekV32ForCausalLM"]
+    hf_config.save_pretrained(tmp_path)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        oracle = DeepseekV32Model(hf_config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    config = replace(load_model_config(tmp_path), max_position_embeddings=64)
+    ours = OurModel(config, torch.bfloat16)
+    _share_layer_weights(oracle.layers[0], ours.model.layers[0])
+    hidden_in = torch.randn(NUM_TOKENS, 7168, dtype=torch.bfloat16)
+
+    expected = _oracle_layer(oracle, hidden_in)
+    probe = ModelProbe(ours, config, build_rotary_table(rotary_settings(config), torch.device("cpu")))
+    out = probe.layer_output(0, hidden_in)
+
+    cosine = F.cosine_similarity(out.double(), expected.double(), dim=-1).min().item()
+    change = F.cosine_similarity((out - hidden_in).double(), (expected - hidden_in).double(), dim=-1).min().item()
+    assert cosine >= BF16_LAYER_COSINE
+    assert change >= BF16_LAYER_COSINE, "what the layer adds to the residual stream differs"
+
+
+def _share_layer_weights(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
+    """Without a checkpoint on disk: a layer is 1 GB."""
+    tensors = dict(theirs.state_dict())
+    for name in [name for name in tensors if name.endswith("shared_experts.gate_proj.weight")]:
+        gate, up = tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))
+        tensors[name.replace("gate_proj", "gate_up_proj")] = torch.cat((gate, up))
+    ours.load_state_dict(tensors)
+
+
+@torch.inference_mode()
+def _oracle_layer(oracle: DeepseekV32Model, hidden_in: torch.Tensor) -> torch.Tensor:
+    hidden = hidden_in.unsqueeze(0)
+    positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+    mask = create_causal_mask(oracle.config, hidden, None, None, positions, allow_is_causal_skip=False)
+    out = oracle.layers[0](hidden, attention_mask=mask, position_embeddings=oracle.rotary_emb(hidden, positions))
+    return (out[0] if isinstance(out, tuple) else out).squeeze(0)
