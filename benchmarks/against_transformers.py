@@ -10,7 +10,6 @@ Prints a card for people, then one JSON line.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from transformers import DeepseekV32ForCausalLM
 from transformers.utils import logging
 
 from argosy import LLM, RequestOutput, SamplingParams
+from argosy.cli.code_version import read_commit
 from argosy.engine.build import resolve_model_directory
 
 BATCH_SIZES = (1, 8, 32)
@@ -147,7 +147,6 @@ def summarise(name: str, pairs: list[tuple[float, float]]) -> Row:
 
 
 def report(rows: list[Row], llm: LLM, equal_share: float) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(f"{llm.device_name}, {llm.dtype_name}, {llm.config.model}; tokens equal to transformers: {equal_share:.1%}\n")
     print(f"{'':32}{'argosy tok/s':>14}{'transformers':>14}{'ratio':>8}{'spread':>8}")
     for row in rows:
@@ -155,7 +154,7 @@ def report(rows: list[Row], llm: LLM, equal_share: float) -> None:
     record = {
         "benchmark": "against_transformers",
         "hardware": llm.device_name,
-        "commit": commit.stdout.strip(),
+        "commit": read_commit(),
         "command": " ".join(sys.argv),
         "dtype": llm.dtype_name,
         "equal_share": equal_share,

@@ -1,20 +1,24 @@
 """``argosy eval``: exact match on a file of questions, greedy, through the chat encoding.
 
 One JSON object a line: ``prompt``, ``answer``, and optionally ``category`` and ``language``. The completion's text
-after its last ``####``, or all of it, trimmed, must equal the answer. A question that the engine refuses (too long)
-counts as wrong. Invariant: the score's denominator is the number of questions in the file.
+after its last ``####``, or all of it, trimmed, must equal the answer; with ``--thinking`` only what follows the last
+``</think>`` counts, or all of it where there is none. A question that the engine refuses (too long) counts as wrong.
+Invariant: the score's denominator is the number of questions in the file.
 """
 
-from contextlib import ExitStack, closing
+import os
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 
 import msgspec
 from rich.table import Table
 
-from argosy.cli.files import open_for_writing, read_lines
+from argosy.cli.files import check_writable, open_for_writing, read_lines
 from argosy.cli.invocation import EXIT_FAILED, EXIT_OK, Invocation
 from argosy.cli.language_model import LanguageModel, Prompt
+from argosy.cli.reasoning import strip_reasoning
+from argosy.cli.result_lines import OrderedLineWriter
 from argosy.cli.score import Score, group_scores, wilson_interval
 from argosy.cli.terminal import Terminal, show_progress
 from argosy.messages import RequestOutput
@@ -68,12 +72,17 @@ class Answer(msgspec.Struct, frozen=True):
 def run_eval(options: EvalOptions, invocation: Invocation) -> int:
     questions = load_questions(options.questions)[: options.max_questions]
     sampling_params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
+    check_writable("--output", options.output)
     llm = invocation.build_llm(invocation.engine_config)
-    with ExitStack() as stack:
-        stream = None if options.output is None else stack.enter_context(open_for_writing("--output", options.output))
-        answers = ask_questions(llm, questions, sampling_params, invocation.terminal, thinking=options.thinking)
-        if stream is not None:
-            stream.write(b"".join(msgspec.json.encode(answer) + b"\n" for answer in answers))
+    with open_for_writing("--output", options.output or os.devnull) as stream:
+        writer = OrderedLineWriter(stream)
+        try:
+            answers = ask_questions(
+                llm, questions, sampling_params, invocation.terminal, writer, thinking=options.thinking
+            )
+        except KeyboardInterrupt:
+            writer.write_rest()
+            raise
     score = Score.of(answer.is_correct for answer in answers)
     _print_report(answers, score, invocation.terminal)
     return EXIT_FAILED if options.fail_under is not None and score.share < options.fail_under else EXIT_OK
@@ -100,8 +109,10 @@ def load_questions(path: str | None) -> list[Question]:
     return questions
 
 
-def extract_answer(completion: str) -> str:
-    return completion.rsplit(ANSWER_MARK, 1)[-1].strip()
+def extract_answer(completion: str, *, thinking: bool = False) -> str:
+    # The reasoning goes first: its worked steps hold answer marks of their own.
+    answer = strip_reasoning(completion) if thinking else completion
+    return answer.rsplit(ANSWER_MARK, 1)[-1].strip()
 
 
 def ask_questions(
@@ -109,10 +120,11 @@ def ask_questions(
     questions: list[Question],
     sampling_params: SamplingParams,
     terminal: Terminal,
+    writer: OrderedLineWriter,
     *,
     thinking: bool = False,
 ) -> list[Answer]:
-    """All questions as one batch; answers in the order of the questions."""
+    """All questions as one batch; answers in the order of the questions, also written as they come."""
     prompts: list[Prompt] = [
         llm.encode_chat([{"role": "user", "content": question.prompt}], thinking=thinking) for question in questions
     ]
@@ -122,17 +134,18 @@ def ask_questions(
         closing(llm.generate_as_finished(prompts, [sampling_params] * len(prompts))) as results,
     ):
         for index, result in results:
-            answers[index] = _judge(index, questions[index], result)
+            answers[index] = _judge(index, questions[index], result, thinking=thinking)
+            writer.add(answers[index])
             progress.advance()
     return [answers[index] for index in range(len(questions))]
 
 
-def _judge(index: int, question: Question, result: RequestOutput | ValueError) -> Answer:
+def _judge(index: int, question: Question, result: RequestOutput | ValueError, *, thinking: bool) -> Answer:
     if isinstance(result, ValueError):
         completion, finish_reason, error = "", None, str(result)
     else:
         completion, finish_reason, error = result.outputs[0].text, result.outputs[0].finish_reason, None
-    extracted = extract_answer(completion)
+    extracted = extract_answer(completion, thinking=thinking)
     return Answer(
         index=index,
         prompt=question.prompt,

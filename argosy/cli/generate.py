@@ -12,8 +12,8 @@ from typing import Annotated, BinaryIO
 
 import tyro
 
-from argosy.cli.files import open_for_writing, read_lines
-from argosy.cli.invocation import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Invocation
+from argosy.cli.files import check_writable, open_for_writing, read_lines
+from argosy.cli.invocation import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, Invocation, Terminated
 from argosy.cli.language_model import LanguageModel, Prompt
 from argosy.cli.prompt_lines import PromptLine, read_prompt_lines
 from argosy.cli.result_lines import ErrorLine, OrderedLineWriter, build_result_line
@@ -49,6 +49,9 @@ def run_generate(options: GenerateOptions, invocation: Invocation) -> int:
     if options.prompt is not None and options.output is None:
         return _print_completion(options.prompt, options, invocation)
     prompt_lines = _read_lines(options, invocation)
+    if not prompt_lines:
+        raise ValueError(f"--input {options.input} has no lines; give at least one, {{'prompt': ...}}, say")
+    check_writable("--output", options.output)
     llm = invocation.build_llm(invocation.engine_config)
     with _open_output(options.output, invocation.terminal) as stream:
         batch = _LineBatch(prompt_lines, OrderedLineWriter(stream))
@@ -72,10 +75,10 @@ def _complete_lines(batch: "_LineBatch", llm: LanguageModel, options: GenerateOp
         with show_progress(terminal, "generate", batch.num_lines) as progress:
             for _ in batch.run(llm):
                 progress.advance()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         batch.writer.write_rest()
         terminal.warn(f"interrupted: {batch.num_done} of {batch.num_lines} results written")
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
     if batch.num_failed:
         terminal.warn(f"{batch.num_failed} of {batch.num_lines} lines failed; see the error fields of the output")
         return EXIT_FAILED

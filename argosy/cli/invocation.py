@@ -15,6 +15,11 @@ EXIT_OK = 0
 EXIT_FAILED = 1  # the world failed, or a line, a gate, a score did
 EXIT_USER_ERROR = 2  # what the user gave cannot be used
 EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as shells say it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what a scheduler sends before it kills. Handled like Ctrl-C, so that what was finished is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

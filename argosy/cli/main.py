@@ -1,18 +1,19 @@
 """The ``argosy`` program: parses flags, runs one command, turns errors into one line and an exit code.
 
 Exit codes: 0 done; 1 the world failed, or a line, a gate or a score did; 2 what the user gave cannot be used; 130
-Ctrl-C. Invariant: a user sees a traceback only with ``--debug``.
+Ctrl-C; 143 SIGTERM. Invariant: a user sees a traceback only with ``--debug``.
 """
 
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from functools import reduce
 from operator import or_
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -24,7 +25,15 @@ from argosy.cli.demo import DemoOptions, run_demo
 from argosy.cli.eval import EvalOptions, run_eval
 from argosy.cli.flags import build_config, build_flag_class
 from argosy.cli.generate import GenerateOptions, run_generate
-from argosy.cli.invocation import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Invocation
+from argosy.cli.invocation import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    EXIT_USER_ERROR,
+    Invocation,
+    Terminated,
+)
 from argosy.cli.language_model import BuildLanguageModel, build_llm
 from argosy.cli.terminal import Terminal, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
@@ -78,16 +87,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 
 def run_program() -> int:
     """The console script: ``main`` on this process's arguments and streams; the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    terminal = system_terminal()
+    for stream in (terminal.stdout, terminal.stderr):
         # A terminal that cannot show a character (an old locale) gets a mark instead of an exception.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        exit_code = main(sys.argv[1:])
-        sys.stdout.flush()
+        exit_code = main(sys.argv[1:], terminal=terminal)
+        terminal.stdout.flush()
     except BrokenPipeError:
         # The reader of our stdout has left (``argosy ... | head``): no message, and no second error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.stdout.fileno())
         return EXIT_FAILED
     return exit_code
 
@@ -102,6 +113,9 @@ def main(
     try:
         options: object = build_config(command.options_class, flags)
         return command.run(options, _build_invocation(command, parsed, tuple(arguments), terminal, build_llm))
+    except Terminated:
+        terminal.warn("terminated")
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         terminal.warn("interrupted")
         return EXIT_INTERRUPTED
@@ -131,6 +145,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return name, parsed
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _explain_commands(arguments: Sequence[str]) -> NoReturn:

@@ -1,10 +1,10 @@
-"""The output lines of ``argosy generate``, and the writer that keeps them in input order.
+"""The output lines of ``argosy generate``, and the writer that keeps them (and those of ``eval``) in input order.
 
 Results finish in any order; a line is written as soon as all lines before it are. Invariant: every line is flushed
 when it is written, so a killed process leaves whole lines only.
 """
 
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import msgspec
 
@@ -53,6 +53,13 @@ class ErrorLine(msgspec.Struct, frozen=True):
 OutputLine = ResultLine | SeveralResultsLine | ErrorLine
 
 
+class IndexedLine(Protocol):
+    """A msgspec struct with its place in the output."""
+
+    @property
+    def index(self) -> int: ...
+
+
 def build_result_line(index: int, output: RequestOutput) -> OutputLine:
     completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
     prompt_tokens = len(output.prompt_token_ids)
@@ -68,10 +75,10 @@ class OrderedLineWriter:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._waiting: dict[int, OutputLine] = {}
+        self._waiting: dict[int, IndexedLine] = {}
         self._next_index = 0
 
-    def add(self, line: OutputLine) -> None:
+    def add(self, line: IndexedLine) -> None:
         self._waiting[line.index] = line
         while self._next_index in self._waiting:
             self._write(self._waiting.pop(self._next_index))
@@ -82,7 +89,7 @@ class OrderedLineWriter:
         for index in sorted(self._waiting):
             self._write(self._waiting.pop(index))
 
-    def _write(self, line: OutputLine) -> None:
+    def _write(self, line: IndexedLine) -> None:
         self._stream.write(msgspec.json.encode(line) + b"\n")
         self._stream.flush()
 

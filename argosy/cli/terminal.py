@@ -4,6 +4,7 @@ Streams are arguments so that a command can be tested without a process. Invaria
 results to stdout, so that a pipe carries results only.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -98,4 +99,9 @@ def watch_interrupt() -> Iterator[InterruptWatch]:
 
 
 def system_terminal() -> Terminal:
-    return Terminal(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
+    """This process's streams; one that the parent closed (``>&-``) reads as empty and swallows what is written."""
+    return Terminal(
+        stdin=sys.stdin or open(os.devnull, encoding="utf-8"),
+        stdout=sys.stdout or open(os.devnull, "w", encoding="utf-8"),
+        stderr=sys.stderr or open(os.devnull, "w", encoding="utf-8"),
+    )

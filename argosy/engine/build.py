@@ -134,7 +134,7 @@ def _load_model(
     load_weights(
         model,
         directory,
-        mapping=build_weight_mapping(model_config.num_hidden_layers),
+        mapping=build_weight_mapping(model_config.num_hidden_layers, model_config.num_nextn_predict_layers),
         block_size=model_config.weight_block_size,
         on_progress=on_progress,
     )
@@ -159,12 +159,13 @@ def _resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, dtype: 
         if cache_bytes is None:
             cache_bytes = min(_free_cache_bytes(config, platform), most_useful * block_bytes)
         num_blocks = max(cache_bytes, 0) // block_bytes
+    num_usable_tokens = max(num_blocks - 1, 0) * config.block_size
     if num_blocks - 1 < blocks_per_request:
+        shorter = f"lower --max-model-len to {num_usable_tokens} or less, or " if num_usable_tokens >= 2 else ""
         raise ValueError(
             f"the cache of {max(num_blocks - 1, 0)} blocks x {config.block_size} tokens cannot hold one request of "
             f"max_model_len ({config.max_model_len}) tokens, which takes {blocks_per_request} blocks and the null "
-            f"block; lower --max-model-len to {max(num_blocks - 1, 0) * config.block_size} or less, or raise "
-            "--num-blocks or --kv-cache-memory-bytes"
+            f"block; {shorter}raise --num-blocks or --kv-cache-memory-bytes"
         )
     return num_blocks
 

@@ -45,12 +45,12 @@ class PromptChecker:
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         bare = _unwrap(prompt) if isinstance(prompt, Mapping) else prompt
-        if isinstance(bare, str):
-            return bare, self._tokenizer.encode_prompt(bare) if bare else []
         if not isinstance(bare, Sequence):
             raise ValueError(
                 f"a prompt must be a string, a list of token ids or an object, got {type(bare).__name__}: {bare!r:.80}"
             )
+        if isinstance(bare, str):
+            return bare, self._tokenizer.encode_prompt(bare) if bare else []
         self._tokenizer.check_token_ids(bare, "prompt_token_ids")
         return None, list(bare)
 

@@ -1,6 +1,7 @@
 """Every operation of the model as one function. Today each has one implementation: ``reference.py``."""
 
 from argosy.kernels.reference import (
+    RotaryRows,
     RotaryTable,
     attend_absorbed,
     attend_expanded,
@@ -23,6 +24,7 @@ from argosy.kernels.reference import (
 )
 
 __all__ = [
+    "RotaryRows",
     "RotaryTable",
     "attend_absorbed",
     "attend_expanded",

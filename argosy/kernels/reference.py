@@ -20,15 +20,33 @@ _MAX_PADDING = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """One layout's rotation of T tokens: ``x * cos + partner(x) * sin``; each [T, 1, P] float32, signs in sin."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryRows:
+    """The rotations of a batch's tokens in both layouts: made once a step, used by every layer."""
+
+    interleaved: Rotation
+    half_split: Rotation
+
+
+@dataclass(frozen=True, slots=True)
 class RotaryTable:
     """cos and sin by position: each [max_positions, P / 2] float32."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def at(self, positions: torch.Tensor) -> "RotaryTable":
-        """Rows for ``positions``: [T] -> cos, sin [T, P / 2]."""
-        return RotaryTable(self.cos[positions], self.sin[positions])
+    def at(self, positions: torch.Tensor) -> RotaryRows:
+        """``positions: [T]``."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # [T, 1, P / 2]
+        interleaved = Rotation(cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2))
+        return RotaryRows(interleaved, Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 # --- norms and activations --------------------------------------------------------------------------------------------
@@ -58,18 +76,19 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 
-def rope_interleaved(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), ... : MLA's layout. ``x: [T, heads, P]``, table rows [T, P / 2]."""
-    cos, sin = table.cos.unsqueeze(1), table.sin.unsqueeze(1)  # [T, 1, P / 2]
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def rope_interleaved(x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
+    """Rotate the pairs (x0, x1), (x2, x3), ... : MLA's layout. ``x: [T, heads, P]`` -> the same, in x's dtype."""
+    partner = x.unflatten(-1, (x.shape[-1] // 2, 2)).flip(-1).flatten(-2)
+    return _rotate(x, partner, rotary.interleaved)
 
 
-def rope_half_split(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+def rope_half_split(x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
     """Rotate the pairs (x0, x[P/2]), (x1, x[P/2 + 1]), ... : the indexer's layout. ``x: [T, heads, P]``."""
-    cos, sin = table.cos.unsqueeze(1), table.sin.unsqueeze(1)
-    first, second = (half.float() for half in x.chunk(2, dim=-1))
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return _rotate(x, x.roll(x.shape[-1] // 2, dims=-1), rotary.half_split)
+
+
+def _rotate(x: torch.Tensor, partner: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    return torch.addcmul(x.float() * rotation.cos, partner.float(), rotation.sin).to(x.dtype)
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -105,17 +124,18 @@ def index_scores(index_q: torch.Tensor, index_k: torch.Tensor, index_weights: to
     Returns [B, T, S] float32. The weights already hold I^-0.5 * J^-0.5 (DeepSeek-V3.2 report, equation 1).
     """
     batch, num_tokens, heads, _ = index_q.shape
-    num_keys = index_k.shape[1]
     keys = index_k.transpose(1, 2).float()  # [B, I, S]
-    scores = index_weights.new_empty(batch, num_tokens, num_keys)
-    step = max(1, _SCRATCH_BYTES // max(1, 4 * batch * heads * num_keys))
-    for start in range(0, num_tokens, step):
-        queries = index_q[:, start : start + step].float()
-        taken = queries.shape[1]
-        products = torch.bmm(queries.flatten(1, 2), keys).relu_().view(batch * taken, heads, num_keys)
-        weights = index_weights[:, start : start + step].reshape(batch * taken, 1, heads)
-        scores[:, start : start + step] = torch.bmm(weights, products).view(batch, taken, num_keys)
-    return scores
+    step = max(1, _SCRATCH_BYTES // max(1, 4 * batch * heads * keys.shape[2]))
+    if num_tokens <= step:
+        return _index_scores_of(index_q, keys, index_weights)
+    parts = zip(index_q.split(step, dim=1), index_weights.split(step, dim=1), strict=True)
+    return torch.cat([_index_scores_of(queries, keys, weights) for queries, weights in parts], dim=1)
+
+
+def _index_scores_of(queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    batch, num_tokens, heads, _ = queries.shape
+    products = torch.bmm(queries.float().flatten(1, 2), keys).relu_().view(batch * num_tokens, heads, keys.shape[2])
+    return torch.bmm(weights.reshape(batch * num_tokens, 1, heads), products).view(batch, num_tokens, keys.shape[2])
 
 
 def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
@@ -247,7 +267,7 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """Every expert's gated MLP on its rows. ``x: [M, D]`` sorted by expert, counts [e] int32 -> [M, D].
 
-    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``. On a CPU, few rows are padded to the busiest expert's number:
+    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``. On a CPU, few rows are padded to the busiest expert's count:
     one batched product then costs less than a product per expert.
     """
     num_experts = gate_up_proj.shape[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from argosy.kernels import RotaryTable
+from argosy.kernels import RotaryRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class ForwardBatch:
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
-    rotary: RotaryTable  # the rows of ``positions``: looked up once, used by every layer
+    rotary: RotaryRows  # of ``positions``: looked up once, used by every layer
     attention: AttentionMetadata
     logits_indices: torch.Tensor  # [number of sampled rows] int64: tokens whose logits are wanted
 

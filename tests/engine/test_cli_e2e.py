@@ -110,6 +110,30 @@ def test_bench_measures_a_correct_engine(llm: LLM) -> None:
     assert all(item["median_tok_s"] > 0 for item in report["measurements"])
 
 
+def test_thinking_shows_the_answer_apart_from_its_reasoning(llm: LLM) -> None:
+    arguments = ["chat", "--thinking", "--max-tokens", "64"]
+    code, stdout, stderr = run(llm, arguments, "Calculate 17+25.")
+    (output,) = llm.chat(
+        [{"role": "user", "content": "Calculate 17+25."}], SamplingParams(temperature=0.0, max_tokens=64), thinking=True
+    )
+    reasoning, mark, answer = output.outputs[0].text.partition("</think>")
+    assert mark, "the model should reason before it answers"
+    assert (code, stdout) == (0, answer + "\n")
+    assert stderr.startswith(reasoning + "\n[prefill ")
+
+
+def test_reader_that_leaves_ends_the_command_quietly(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "x", "max_tokens": 2}\n' * 3, encoding="utf-8")
+    command = [sys.executable, "-m", "argosy", "generate", "--input", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()
+
+
 def test_settings_that_cannot_work_are_one_line(tmp_path: Path) -> None:
     for arguments, complaint in (
         (["--model", str(tmp_path / "absent")], "no such model"),
@@ -127,7 +151,8 @@ def _load(config: EngineConfig) -> LLM:
     return LLM.from_config(config)
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_keeps_what_was_finished(signal_number: int, code: int, tmp_path: Path) -> None:
     lines = [{"prompt": "x", "max_tokens": 2 if number == 0 else 3000, "ignore_eos": True} for number in range(8)]
     input_path, output_path = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     input_path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -137,9 +162,9 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     while not (output_path.exists() and output_path.read_bytes()) and time.monotonic() < deadline_s:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_number)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert stderr == "argosy: interrupted: 1 of 8 results written\n"
     (record,) = [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
     assert (record["index"], len(record["token_ids"])) == (0, 2)

@@ -25,6 +25,7 @@ def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: s
     config = load_model_config(directory)
     with torch.device(device):
         model = DeepseekV32Model(config, dtype)
-    load_weights(model, directory, mapping=build_weight_mapping(config.num_hidden_layers))
+    mapping = build_weight_mapping(config.num_hidden_layers, config.num_nextn_predict_layers)
+    load_weights(model, directory, mapping=mapping)
     rotary = build_rotary_table(rotary_settings(config), torch.device(device))
     return LoadedModel(config, model, ModelProbe(model, config, rotary))

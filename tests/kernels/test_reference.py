@@ -8,6 +8,7 @@ from transformers.models.deepseek_v32 import modeling_deepseek_v32 as oracle
 
 from argosy.cache.rope import RotarySettings, build_rotary_table, yarn_frequencies
 from argosy.kernels import (
+    RotaryRows,
     RotaryTable,
     attend_absorbed,
     attend_expanded,
@@ -15,6 +16,7 @@ from argosy.kernels import (
     gather_cache,
     grouped_gemm,
     grouped_gemm_loop,
+    grouped_mlp,
     index_scores,
     positions_to_slots,
     rms_norm,
@@ -42,9 +44,9 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _angles(num_tokens: int, half: int) -> tuple[torch.Tensor, RotaryTable]:
+def _angles(num_tokens: int, half: int) -> tuple[torch.Tensor, RotaryRows]:
     angles = _random(num_tokens, half, seed=9)
-    return angles, RotaryTable(angles.cos(), angles.sin())
+    return angles, RotaryTable(angles.cos(), angles.sin()).at(torch.arange(num_tokens))
 
 
 def test_yarn_blends_between_pairs_10_and_23_at_the_real_dimensions() -> None:
@@ -195,6 +197,20 @@ def test_router_equals_transformers() -> None:
     assert torch.allclose(topk_weights.sort()[0], expected_weights.sort()[0], atol=FP32_OP_ATOL)
 
 
+@pytest.mark.parametrize("counts", [[0, 0, 0], [4, 0, 3], [0, 9, 0], [1, 1, 1], [400, 500, 300], [0, 1, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mlp_equals_one_expert_after_another(counts: list[int], dtype: torch.dtype) -> None:
+    """The counts reach the padded product, the grouped one, and neither."""
+    x = _random(sum(counts), 32).to(dtype)
+    gate_up, down = _random(3, 48, 32, seed=1).to(dtype), _random(3, 32, 24, seed=2).to(dtype)
+    num_tokens = torch.tensor(counts, dtype=torch.int32)
+    slow = [silu_mul(part @ w.T) @ d.T for part, w, d in zip(x.split(counts), gate_up, down, strict=True)]
+    fast = grouped_mlp(x, gate_up, down, num_tokens)
+    assert torch.allclose(
+        fast.float(), torch.cat(slow).float(), rtol=2**-6 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("counts", [[0, 0, 0], [4, 0, 3], [0, 9, 0], [1, 1, 1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_gemm_equals_one_expert_after_another(counts: list[int], dtype: torch.dtype) -> None:
@@ -209,7 +225,7 @@ def test_every_operation_accepts_zero_tokens() -> None:
     none = torch.empty(0, 8)
     assert rms_norm(none, torch.ones(8), 1e-6).shape == (0, 8)
     assert silu_mul(none).shape == (0, 4)
-    table = RotaryTable(torch.empty(0, 2), torch.empty(0, 2))
+    table = RotaryTable(torch.empty(5, 2), torch.empty(5, 2)).at(torch.empty(0, dtype=torch.int64))
     assert rope_interleaved(torch.empty(0, 3, 4), table).shape == (0, 3, 4)
     assert rope_half_split(torch.empty(0, 3, 4), table).shape == (0, 3, 4)
     assert index_scores(torch.empty(1, 0, 2, 4), torch.empty(1, 5, 4), torch.empty(1, 0, 2)).shape == (1, 0, 5)

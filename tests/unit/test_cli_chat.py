@@ -1,6 +1,10 @@
 """``argosy chat`` in a pipe: turns, slash commands, interruption, errors, end of input."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from argosy.cli.main import main
+from argosy.cli.reasoning import split_stream
 from tests.helpers.fake_language_model import FakeLanguageModel, fake_terminal, written
 
 
@@ -44,13 +48,46 @@ def test_exit_ends_the_program() -> None:
     assert llm.seen_prompts == []
 
 
-def test_thinking_switches_and_its_text_is_not_resent() -> None:
-    llm = FakeLanguageModel(lambda prompt: "because</think>A")
+def test_reasoning_goes_to_stderr_and_is_not_resent() -> None:
+    llm = FakeLanguageModel(lambda prompt: "because < of\n#### 1</think>A" if "<think>" in prompt else "B")
     _, stdout, stderr = run_chat("/thinking\none\n/thinking\ntwo\n", llm)
     assert llm.seen_prompts == ["<user>one<think>", "<user>one<assistant>A<user>two"]
-    assert "thinking is on" in stderr
-    assert "thinking is off" in stderr
-    assert stdout == "because</think>A\n" * 2
+    assert stdout == "A\nB\n"
+    assert [line for line in stderr.splitlines() if "tok/s" not in line] == [
+        "thinking is on",
+        "because < of",
+        "#### 1",
+        "thinking is off",
+    ]
+
+
+def test_answer_without_reasoning_is_an_answer() -> None:
+    llm = FakeLanguageModel(lambda prompt: "A")
+    _, stdout, _ = run_chat("one\ntwo\n", llm, "--thinking")
+    assert stdout == "A\nA\n"
+    assert llm.seen_prompts[1] == "<user>one<assistant>A<user>two<think>"
+
+
+def test_reasoning_that_is_cut_off_leaves_an_empty_answer() -> None:
+    llm = FakeLanguageModel(lambda prompt: "abcdef", interrupt_after=3)
+    _, stdout, stderr = run_chat("one\n", llm, "--thinking")
+    assert stdout == "\n"
+    assert stderr.splitlines()[:2] == ["abcd", "[the reasoning was cut off before an answer; --max-tokens allows more]"]
+
+
+@given(st.text(alphabet="</think>x", max_size=30), st.sampled_from(["", "</think>"]), st.text(max_size=5))
+def test_split_of_a_growing_text_only_grows(before: str, mark: str, after: str) -> None:
+    whole = before + mark + after
+    reasoning, answer = "", ""
+    for size in range(len(whole) + 1):
+        new_reasoning, new_answer = split_stream(whole[:size], is_finished=False)
+        assert new_reasoning.startswith(reasoning)
+        assert new_answer.startswith(answer)
+        assert "</think>" not in new_reasoning
+        reasoning, answer = new_reasoning, new_answer
+    final = split_stream(whole, is_finished=True)
+    assert "</think>".join(final) == whole if "</think>" in whole else final == (whole, "")
+    assert final[0].startswith(reasoning)
 
 
 def test_unknown_command_is_explained_and_not_sent() -> None:

@@ -119,6 +119,38 @@ def test_answer_is_after_the_last_mark_or_everything() -> None:
     assert extract_answer(" 孤舟蓑笠翁\n") == "孤舟蓑笠翁"
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("1+1=2\n#### 2</think>42", "42"),
+        ("#### 9</think>steps\n#### 42", "42"),
+        ("a</think>b</think> 42\n", "42"),
+        ("no reasoning\n#### 42", "42"),
+    ],
+)
+def test_reasoning_is_cut_off_before_the_answer_is_looked_for(completion: str, answer: str) -> None:
+    assert extract_answer(completion, thinking=True) == answer
+
+
+def test_thinking_judges_the_answer_and_not_the_reasoning(tmp_path: Path) -> None:
+    llm, terminal = FakeLanguageModel(lambda prompt: "1+1=2\n#### 3</think>2"), fake_terminal()
+    questions = write_questions(tmp_path / "q.jsonl", QUESTIONS[:1])
+    assert main(["eval", "--questions", questions, "--thinking"], build_llm=llm.build, terminal=terminal) == 0
+    assert llm.seen_prompts == ["<user>1+1<think>"]
+    assert "(1 of 1)" in written(terminal.stdout)
+
+
+def test_interrupted_eval_keeps_the_answers_it_has(tmp_path: Path) -> None:
+    llm, terminal = (
+        FakeLanguageModel(answer, finish_order=lambda count: [2, 0, 1, 3], interrupt_after=2),
+        fake_terminal(),
+    )
+    questions, output = write_questions(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "answers.jsonl"
+    arguments = ["eval", "--questions", questions, "--output", str(output)]
+    assert main(arguments, build_llm=llm.build, terminal=terminal) == 130
+    assert [json.loads(line)["index"] for line in output.read_text(encoding="utf-8").splitlines()] == [0, 2]
+
+
 @pytest.mark.parametrize(("num_correct", "num_questions"), [(187, 200), (1, 2), (3, 4), (40, 88)])
 def test_wilson_bounds_are_the_shares_that_just_explain_the_score(num_correct: int, num_questions: int) -> None:
     """The definition: a true share p is in the interval if the score is within z standard errors, taken at p."""

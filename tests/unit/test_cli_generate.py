@@ -7,6 +7,7 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.cli.prompt_lines import parse_prompt_line
+from argosy.config import EngineConfig
 from argosy.sampling_params import SamplingParams
 from tests.helpers.fake_language_model import FakeLanguageModel, fake_terminal, written
 
@@ -156,8 +157,24 @@ def test_line_that_is_not_utf8_fails_alone() -> None:
     assert [record.get("text") for record in records] == ["A", None, "B"]
 
 
-def test_empty_input_gives_empty_output() -> None:
-    assert run_lines([], FakeLanguageModel(str.upper)) == (0, [], "")
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_input_without_lines_is_a_user_error(content: bytes) -> None:
+    code, records, stderr = run_lines(content, FakeLanguageModel(str.upper))
+    assert (code, records) == (2, [])
+    assert stderr.startswith("argosy: error: --input - has no lines")
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["eval"]])
+def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    command: list[str], tmp_path: Path
+) -> None:
+    def load(config: EngineConfig) -> FakeLanguageModel:
+        raise AssertionError("loaded")
+
+    for path, complaint in ((tmp_path / "absent" / "x", "there is no directory"), (tmp_path, "it is a directory")):
+        terminal = fake_terminal()
+        assert main([*command, "--output", str(path)], build_llm=load, terminal=terminal) == 2
+        assert complaint in written(terminal.stderr)
 
 
 def test_interruption_keeps_what_was_finished() -> None:

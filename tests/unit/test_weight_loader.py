@@ -97,7 +97,7 @@ def split(tensors: dict[str, torch.Tensor], num_shards: int) -> list[dict[str, t
     return [{name: tensors[name] for name in names[i::num_shards]} for i in range(num_shards)]
 
 
-mapping = build_weight_mapping(2)
+mapping = build_weight_mapping(2, 1)
 
 
 def check_loaded(model: TinyModel, tensors: dict[str, torch.Tensor]) -> None:

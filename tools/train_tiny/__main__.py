@@ -143,7 +143,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume-export", type=int, default=0, help="start from the exported weights, this many stages done"
     )
-    parser.add_argument("--stop-after", type=int, default=4, help="train only the first N stages; a later call goes on")
+    parser.add_argument("--stop-after", type=int, default=5, help="train only the first N stages; a later call goes on")
     parser.add_argument("--quick", action="store_true", help="score only questions and long needles, sparse")
     parser.add_argument("--micro", action="store_true", help="three steps a stage: tests the code")
     return parser.parse_args()

@@ -138,6 +138,15 @@ def full_recipe() -> RecipeConfig:
                 mixture=polish_mixture(),
                 kl_every=2,
             ),
+            StageConfig(
+                name="polish",
+                num_steps=1500,
+                lr_start=5e-4,
+                lr_end=1e-5,
+                num_warmup_steps=50,
+                mixture=polish_mixture(),
+                kl_every=2,
+            ),
         )
     )
 

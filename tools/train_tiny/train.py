@@ -1,4 +1,4 @@
-"""The three training stages: dense, indexer alone, sparse with every part live.
+"""The training stages: dense, indexer alone, then sparse with every part live, last on a narrower mixture.
 
 Does not generate data, export or score. Invariant: a stage changes only the parameters it names; a checkpoint holds the
 weights, the optimizer state, the stage and the step, so a run may stop after any step.

@@ -14,12 +14,16 @@ _GATE_UP = re.compile(r"(.*)\.(gate|up)_proj\.weight")
 _HALF = {"gate": Part(0, 2), "up": Part(1, 2)}
 
 
-def build_weight_mapping(num_hidden_layers: int) -> WeightMapping:
-    """The mapping for a model with ``num_hidden_layers`` layers; the MTP layers behind them are left out."""
+def build_weight_mapping(num_hidden_layers: int, num_nextn_predict_layers: int) -> WeightMapping:
+    """The mapping for a model with ``num_hidden_layers`` layers; the MTP layers behind them are left out.
+
+    Layers behind those are not: the loader refuses them, because they mean that config.json is another model's.
+    """
+    mtp_layers = range(num_hidden_layers, num_hidden_layers + num_nextn_predict_layers)
 
     def map_tensor(name: str) -> Destination | None:
         layer = _LAYER.match(name)
-        if layer is not None and int(layer[1]) >= num_hidden_layers:
+        if layer is not None and int(layer[1]) in mtp_layers:
             return None
         return _map_expert(name) or _map_gate_up(name) or Destination(name)
 

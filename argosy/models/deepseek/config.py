@@ -70,7 +70,17 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
+        for name in ("n_shared_experts", "num_nextn_predict_layers", "first_k_dense_replace"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"config.json: {name} must be an integer >= 0, got {value!r}")
+        for name in ("routed_scaling_factor", "rms_norm_eps"):
+            _check_positive_number(name, getattr(self, name))
+        for name in ("norm_topk_prob", "indexer_rope_interleave"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config.json: {name} must be true or false, got {getattr(self, name)!r}")
         self._check_router()
+        self._check_special_tokens()
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"config.json: qk_rope_head_dim ({self.qk_rope_head_dim}) must be even")
         if self.index_head_dim < self.qk_rope_head_dim:
@@ -78,10 +88,10 @@ class ModelConfig:
                 f"config.json: index_head_dim ({self.index_head_dim}) must be at least "
                 f"qk_rope_head_dim ({self.qk_rope_head_dim})"
             )
-        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+        if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
-                f"config.json: first_k_dense_replace ({self.first_k_dense_replace}) must be in "
-                f"[0, num_hidden_layers = {self.num_hidden_layers}]"
+                f"config.json: first_k_dense_replace ({self.first_k_dense_replace}) must not exceed "
+                f"num_hidden_layers ({self.num_hidden_layers})"
             )
         if self.indexer_rope_interleave:
             raise ValueError("config.json: indexer_rope_interleave true is not DeepSeek-V3.2 and is not supported")
@@ -119,6 +129,16 @@ class ModelConfig:
             )
         if groups > 1 and experts // groups < 2:
             raise ValueError("config.json: a router group needs at least 2 experts (its score is a sum of the top 2)")
+
+    def _check_special_tokens(self) -> None:
+        if not self.eos_token_ids:
+            raise ValueError("config.json: eos_token_id must name at least one token, got []")
+        for name, token_id in (("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in self.eos_token_ids)):
+            is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_integer or not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"config.json: {name} must be an integer in [0, vocab_size = {self.vocab_size}), got {token_id!r}"
+                )
 
 
 _POSITIVE = (
@@ -169,7 +189,8 @@ def parse_model_config(raw: dict[str, object]) -> ModelConfig:
         if key in raw and raw[key] not in allowed:
             raise ValueError(f"config.json: {key} is {raw[key]!r}; this engine supports {allowed[0]!r} only")
     rope_theta, yarn = _parse_rope(raw)
-    eos = raw.get("eos_token_id", 1)
+    bos, eos = raw.get("bos_token_id"), raw.get("eos_token_id")
+    eos = 1 if eos is None else eos
     optional = {
         key: raw[key]
         for key in ("rms_norm_eps", "num_nextn_predict_layers", "indexer_rope_interleave")
@@ -182,14 +203,15 @@ def parse_model_config(raw: dict[str, object]) -> ModelConfig:
         yarn=yarn,
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         weight_block_size=_parse_weight_block_size(raw),
-        bos_token_id=int(raw.get("bos_token_id") or 0),  # type: ignore[call-overload]
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),),  # type: ignore[call-overload]
+        bos_token_id=0 if bos is None else bos,  # type: ignore[arg-type]
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),  # type: ignore[arg-type]
     )
 
 
 def _check_architecture(raw: dict[str, object]) -> None:
     architectures = raw.get("architectures") or []
-    if raw.get("model_type") != "deepseek_v32" and ARCHITECTURE not in architectures:  # type: ignore[operator]
+    is_named = isinstance(architectures, list) and ARCHITECTURE in architectures
+    if raw.get("model_type") != "deepseek_v32" and not is_named:
         raise ValueError(
             f"config.json: model_type {raw.get('model_type')!r} with architectures {architectures!r} is not supported; "
             f"Argosy serves {ARCHITECTURE} (model_type deepseek_v32)"
@@ -201,20 +223,25 @@ def _parse_rope(raw: dict[str, object]) -> tuple[float, YarnConfig]:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"config.json: rope_scaling must be an object, got {scaling!r}")
-    theta = float(scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    _check_positive_number("rope_theta", theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
-        return theta, YarnConfig()
+        return float(theta), YarnConfig()
     if kind != "yarn":
         raise ValueError(f"config.json: rope scaling type {kind!r} is not supported; DeepSeek-V3.2 uses 'yarn'")
     fields = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    yarn = YarnConfig(**{key: scaling[key] for key in fields if scaling.get(key) is not None})
+    given = {key: scaling[key] for key in fields if scaling.get(key) is not None}
+    for key, value in given.items():
+        if key not in ("mscale", "mscale_all_dim") or value != 0:  # these two are switched off by 0
+            _check_positive_number(f"rope_scaling's {key}", value)
+    yarn = YarnConfig(**given)
     if yarn.factor < 1.0 or yarn.mscale != yarn.mscale_all_dim:
         raise ValueError(
             f"config.json: YaRN needs factor >= 1 (got {yarn.factor}) and mscale equal to mscale_all_dim "
             f"(got {yarn.mscale} and {yarn.mscale_all_dim})"
         )
-    return theta, yarn
+    return float(theta), yarn
 
 
 def _parse_weight_block_size(raw: dict[str, object]) -> tuple[int, int]:
@@ -232,3 +259,9 @@ def _parse_weight_block_size(raw: dict[str, object]) -> tuple[int, int]:
     if not is_pair or not all(isinstance(n, int) and n > 0 for n in block_size):
         raise ValueError(f"config.json: weight_block_size must be two positive integers, got {block_size!r}")
     return block_size[0], block_size[1]
+
+
+def _check_positive_number(name: str, value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"config.json: {name} must be a positive number, got {value!r}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from argosy.kernels import (
-    RotaryTable,
+    RotaryRows,
     gather_cache,
     index_scores,
     positions_to_slots,
@@ -50,12 +50,12 @@ class Indexer(nn.Module):
         self.weights_proj = Fp32Linear(config.hidden_size, self._heads, torch.float32)
         self._weight_scale = (self._heads * self._head_dim) ** -0.5
 
-    def make_key(self, hidden_states: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+    def make_key(self, hidden_states: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
         """``hidden_states: [T, D]`` -> index_k [T, I], to be cached."""
         key = self.k_norm(self.wk(hidden_states)).unsqueeze(1)
         return self._rotate(key, rotary).squeeze(1)
 
-    def make_query(self, hidden_states: torch.Tensor, q_resid: torch.Tensor, rotary: RotaryTable) -> IndexQuery:
+    def make_query(self, hidden_states: torch.Tensor, q_resid: torch.Tensor, rotary: RotaryRows) -> IndexQuery:
         """``q_resid: [T, q_lora_rank]`` is the *normed* output of ``q_a_layernorm``."""
         query = self.wq_b(q_resid).view(hidden_states.shape[0], self._heads, self._head_dim)
         weights = self.weights_proj(hidden_states) * self._weight_scale
@@ -86,6 +86,6 @@ class Indexer(nn.Module):
         positions = select_topk_positions(scores.squeeze(0), num_visible, self.topk)
         return positions_to_slots(positions, block_table, index_k_cache.shape[1])
 
-    def _rotate(self, x: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
         rope_part, plain_part = x.split([self._rope_dim, self._head_dim - self._rope_dim], dim=-1)
         return torch.cat((rope_half_split(rope_part, rotary), plain_part), dim=-1)

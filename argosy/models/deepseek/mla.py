@@ -70,12 +70,12 @@ class MLAAttention(nn.Module):
         if attention.max_seq_len > self.indexer.topk:  # else every position is selected: the scores are not needed
             index_query = self.indexer.make_query(hidden_states, q_resid, batch.rotary)
 
-        out = hidden_states.new_empty(hidden_states.shape[0], self._heads, self._v_dim)
+        parts = []
         if attention.num_decode_tokens:
-            out[: attention.num_decode_tokens] = self._decode(queries, index_query, attention, kv)
+            parts.append(self._decode(queries, index_query, attention, kv))
         for segment in attention.prefill_segments:
-            out[segment.start : segment.end] = self._prefill(queries, index_query, attention, kv, segment)
-        return self.o_proj(out.flatten(1))
+            parts.append(self._prefill(queries, index_query, attention, kv, segment))
+        return self.o_proj((parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1))
 
     def _make_queries(self, q_resid: torch.Tensor, batch: ForwardBatch) -> HeadQueries:
         query = self.q_b_proj(q_resid).view(q_resid.shape[0], self._heads, self._nope_dim + self._rope_dim)

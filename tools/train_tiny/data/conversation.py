@@ -32,7 +32,7 @@ class MixtureConfig:
 
 
 def polish_mixture() -> MixtureConfig:
-    """For the last stage: more calculation, fewer long texts, no loss on prompts, whose words cannot be foreseen."""
+    """For the last stages: more calculation, fewer long texts, no loss on prompts, whose words cannot be foreseen."""
     return MixtureConfig(
         domain_weights=(0.37, 0.16, 0.12, 0.04, 0.06, 0.05, 0.01, 0.025, 0.015, 0.005, 0.14),
         prompt_weight=0.0,

@@ -19,7 +19,7 @@ HELD_OUT_SEED = 10**12  # seeds from here on belong to the questions
 PROMPT_SUFFIX = " Give the result as your final answer. Do not include units."
 _MAX_DECIMALS = 3  # longer fractions are left as they are
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
-_UNIT = r"(?:\s+[A-Za-z][\w\s/-]*?)?"
+_UNIT = r"(?:/[A-Za-z]\w*)?(?:\s+[A-Za-z][\w\s/-]*?)?"  # 155/day, 28 days/month
 _PRODUCT = re.compile(rf"{_NUMBER}{_UNIT}\s*[*x×]\s*[$£€]?{_NUMBER}(/100)?")
 _QUOTIENT = re.compile(rf"{_NUMBER}{_UNIT}\s*[/÷]\s*[$£€]?{_NUMBER}{_UNIT}\s*=\s*[$£€]?{_NUMBER}")
 _RATIO = re.compile(r"(\d+)/(\d+)\*(\d+) = ")
