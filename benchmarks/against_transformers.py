@@ -23,8 +23,8 @@ from argosy import LLM, RequestOutput, SamplingParams
 from argosy.cli.code_version import read_commit
 from argosy.engine.build import resolve_model_directory
 
-BATCH_SIZES = (1, 8, 32)
-PROMPT_LENGTH = 128
+DECODES = ((1, 128), (8, 128), (32, 128), (1, 512), (8, 512))  # (batch size, prompt length)
+CHECK_LENGTH = 128
 PREFILL_LENGTH = 1024
 NUM_TOKENS = 48
 ROUNDS = 5
@@ -56,7 +56,7 @@ def main() -> None:
     )
     theirs = theirs.eval().to(llm.built.device)
     equal_share = check_tokens(llm, theirs, arguments.dtype)
-    rows = [measure_decode(llm, theirs, batch_size, arguments.rounds) for batch_size in BATCH_SIZES]
+    rows = [measure_decode(llm, theirs, *decode, arguments.rounds) for decode in DECODES]
     rows.append(measure_prefill(llm, theirs, arguments.rounds))
     report(rows, llm, equal_share)
 
@@ -92,7 +92,7 @@ def run_theirs(
 
 def check_tokens(llm: LLM, theirs: DeepseekV32ForCausalLM, dtype: str) -> float:
     """The share of equal tokens; anything but all of them stops a float32 run."""
-    prompts = random_prompts(llm, 8, PROMPT_LENGTH)
+    prompts = random_prompts(llm, 8, CHECK_LENGTH)
     ours, expected = run_ours(llm, prompts, NUM_TOKENS), run_theirs(theirs, prompts, NUM_TOKENS, llm.vocab_size)
     pairs = [a == b for row, other in zip(ours, expected, strict=True) for a, b in zip(row, other, strict=True)]
     share = sum(pairs) / len(pairs)
@@ -101,7 +101,7 @@ def check_tokens(llm: LLM, theirs: DeepseekV32ForCausalLM, dtype: str) -> float:
     return share
 
 
-def measure_decode(llm: LLM, theirs: DeepseekV32ForCausalLM, batch_size: int, rounds: int) -> Row:
+def measure_decode(llm: LLM, theirs: DeepseekV32ForCausalLM, batch_size: int, length: int, rounds: int) -> Row:
     def seconds(run: Callable[[int], object]) -> float:
         """NUM_TOKENS decode steps: a long run minus a run of one token, which is the prefill."""
         first, whole = timed(llm, lambda: run(1)), timed(llm, lambda: run(1 + NUM_TOKENS))
@@ -109,11 +109,11 @@ def measure_decode(llm: LLM, theirs: DeepseekV32ForCausalLM, batch_size: int, ro
 
     pairs = []
     for _ in range(rounds):
-        prompts = random_prompts(llm, batch_size, PROMPT_LENGTH)
+        prompts = random_prompts(llm, batch_size, length)
         ours_s = seconds(lambda n, p=prompts: run_ours(llm, p, n))
         theirs_s = seconds(lambda n, p=prompts: run_theirs(theirs, p, n, llm.vocab_size))
         pairs.append((batch_size * NUM_TOKENS / ours_s, batch_size * NUM_TOKENS / theirs_s))
-    return summarise(f"decode, batch {batch_size}, context {PROMPT_LENGTH}", pairs)
+    return summarise(f"decode, batch {batch_size}, context {length}", pairs)
 
 
 def measure_prefill(llm: LLM, theirs: DeepseekV32ForCausalLM, rounds: int) -> Row:
