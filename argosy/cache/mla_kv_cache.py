@@ -4,8 +4,10 @@ It allocates and hands out views; which block belongs to whom is ``block_manager
 is the null block; its content is never read for a real token.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -34,8 +36,8 @@ class MLAKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_layers, num_blocks, block_size)
-        self.latent = torch.zeros(*shape, latent_dim, dtype=dtype, device=device)
-        self.index_k = torch.zeros(*shape, index_head_dim, dtype=dtype, device=device)
+        self.latent = _allocate_zeros((*shape, latent_dim), dtype, device)
+        self.index_k = _allocate_zeros((*shape, index_head_dim), dtype, device)
         # Built once: slicing a tensor costs microseconds, and every layer of every step asks.
         self._layers = [LayerKV(latent, index_k) for latent, index_k in zip(self.latent, self.index_k, strict=True)]
 
@@ -52,3 +54,14 @@ def kv_bytes_per_block(
 ) -> int:
     """Bytes of one block over all layers."""
     return num_layers * block_size * (latent_dim + index_head_dim) * dtype.itemsize
+
+
+def _allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, because attention multiplies what lies behind a sequence's end by 0, and 0 * NaN is NaN.
+
+    On a CPU from numpy, which takes zero pages from the kernel: a block costs memory when it is first written.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -153,7 +153,7 @@ def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk:
     keys = torch.where(position < num_visible.unsqueeze(1), keys, torch.iinfo(torch.int64).min)
     values, chosen = keys.topk(min(topk, num_keys), dim=1)
     chosen = torch.where(values == torch.iinfo(torch.int64).min, -1, chosen).to(torch.int32)
-    return F.pad(chosen, (0, topk - chosen.shape[1]), value=-1)
+    return chosen if chosen.shape[1] == topk else F.pad(chosen, (0, topk - chosen.shape[1]), value=-1)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -207,16 +207,19 @@ def attend_sparse(
     """
     rows = latent_cache.view(-1, latent_cache.shape[-1])
     num_tokens, num_selected = topk_slots.shape
-    out = query.new_empty(num_tokens, query.shape[1], kv_lora_rank)
     step = max(1, _SCRATCH_BYTES // (num_selected * rows.shape[1] * rows.element_size()))
-    for start in range(0, num_tokens, step):
-        slots = topk_slots[start : start + step]
-        latent = rows.index_select(0, slots.clamp(min=0).flatten())
-        latent = latent.view(slots.shape[0], num_selected, rows.shape[1])  # [t, index_topk, C]
-        out[start : start + step] = attend_absorbed(
-            query[start : start + step], latent, slots >= 0, kv_lora_rank, softmax_scale
-        )
-    return out
+    if num_tokens <= step:
+        return _attend_rows(query, rows, topk_slots, kv_lora_rank, softmax_scale)
+    parts = zip(query.split(step), topk_slots.split(step), strict=True)
+    return torch.cat([_attend_rows(part, rows, slots, kv_lora_rank, softmax_scale) for part, slots in parts])
+
+
+def _attend_rows(
+    query: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, kv_lora_rank: int, softmax_scale: float
+) -> torch.Tensor:
+    latent = rows.index_select(0, slots.clamp(min=0).flatten())
+    latent = latent.view(slots.shape[0], slots.shape[1], rows.shape[1])  # [t, index_topk, C]
+    return attend_absorbed(query, latent, slots >= 0, kv_lora_rank, softmax_scale)
 
 
 def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:

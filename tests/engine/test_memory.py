@@ -4,8 +4,10 @@ import gc
 from pathlib import Path
 
 import pytest
+import torch
 
 from argosy import LLM, SamplingParams
+from argosy.cache.mla_kv_cache import MLAKVCache
 
 PAGE_BYTES = 4096
 
@@ -21,6 +23,22 @@ def test_the_cache_has_the_configured_size() -> None:
     bytes_per_block = 5 * 16 * (128 + 16 + 32) * 4  # layers x tokens x (latent, rope key, index key) x float32
     assert cache.num_blocks == llm.config.num_blocks == 8 * 2**20 // bytes_per_block
     assert cache.num_bytes == cache.num_blocks * bytes_per_block <= 8 * 2**20
+
+
+def test_an_unused_cache_takes_no_memory_on_a_cpu() -> None:
+    before = _resident_bytes()
+    cache = MLAKVCache(
+        num_layers=4,
+        num_blocks=2**13,
+        block_size=64,
+        latent_dim=48,
+        index_head_dim=16,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    assert cache.num_bytes == 2**28
+    assert _resident_bytes() - before < 2**24
+    assert not cache.latent.any() and cache.latent.dtype == torch.bfloat16
 
 
 @pytest.mark.slow
