@@ -19,6 +19,7 @@ from argosy.kernels import (
     grouped_mlp,
     index_scores,
     positions_to_slots,
+    reference,
     rms_norm,
     rope_half_split,
     rope_interleaved,
@@ -219,6 +220,19 @@ def test_grouped_gemm_equals_one_expert_after_another(counts: list[int], dtype: 
     fast, slow = grouped_gemm(x, weight, num_tokens), grouped_gemm_loop(x, weight, num_tokens)
     assert fast.shape == (sum(counts), 32)
     assert torch.allclose(fast.float(), slow.float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_working_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little scratch memory, index scores and sparse attention take a few tokens at a time; here 2 and 3 of 7."""
+    index_q, index_k, weights = _random(1, 7, 4, 8), _random(1, 5, 8, seed=1), _random(1, 7, 4, seed=2)
+    query, cache = _random(7, 2, 12, seed=3), _random(4, 4, 12, seed=4)
+    slots = torch.randint(-1, 16, (7, 6), generator=torch.Generator().manual_seed(5))
+    slots[:, 0] = 3
+    scores, attended = index_scores(index_q, index_k, weights), attend_sparse(query, cache, slots, 8, 0.2)
+    monkeypatch.setattr(reference, "_SCRATCH_BYTES", 4 * 4 * 5 * 2)
+    assert torch.allclose(index_scores(index_q, index_k, weights), scores, atol=FP32_OP_ATOL)
+    monkeypatch.setattr(reference, "_SCRATCH_BYTES", 6 * 12 * 4 * 3)
+    assert torch.allclose(attend_sparse(query, cache, slots, 8, 0.2), attended, atol=FP32_OP_ATOL)
 
 
 def test_every_operation_accepts_zero_tokens() -> None:
