@@ -5,11 +5,14 @@ here but in ``models/deepseek/config.py``. Invariant: nobody writes to a config 
 ``dataclasses.replace``.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+EPMode = Literal["auto", "low_latency", "high_throughput", "all_gather"]
+EPPayload = Literal["model", "int8", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +29,28 @@ class EngineConfig:
     device: DeviceName = "auto"  # auto: cuda where a card is present, else cpu
     seed: int = 0  # seeds requests that bring none
     max_model_len: int | None = None  # longest prompt + output in tokens; None = the model's own limit
-    max_num_seqs: int = 64  # requests that run at once
-    max_num_batched_tokens: int = 2048  # tokens that one step may compute
+    max_num_seqs: int = 64  # requests that run at once in a replica
+    max_num_batched_tokens: int = 2048  # tokens that one step of a replica may compute
     block_size: int = 64  # tokens per cache block
     num_blocks: int | None = None  # cache blocks; None = as many as the memory settings allow
     kv_cache_memory_bytes: int | None = None  # cache size; None = measured on accelerators, up to 1 GiB on a CPU
     device_memory_utilization: float = 0.9  # share of an accelerator's memory that weights + cache + workspace may take
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt prefixes
-    num_threads: int | None = None  # CPU threads; None = torch's choice
+    num_threads: int | None = None  # CPU threads of each rank; None = torch's choice, shared among a node's ranks
+    tp_size: int = field(default=1, metadata={"aliases": ("--tp",)})  # ranks that share each layer of a replica
+    dp_size: int = field(default=1, metadata={"aliases": ("--dp",)})  # replicas, each with requests of its own
+    ep_size: int | None = field(default=None, metadata={"aliases": ("--ep",)})  # ranks sharing the experts; None = all
+    nnodes: int = 1  # machines; each holds an equal share of the ranks
+    node_rank: int = 0  # which of them this is; node 0 answers
+    master_addr: str | None = None  # address of node 0, as the other nodes reach it
+    master_port: int | None = None  # a free TCP port of node 0; None = chosen by the system, on one node only
+    ep_mode: EPMode = "auto"  # how tokens reach their experts; auto: by the number of tokens of the step, agreed by all
+    ll_max_tokens_per_rank: int = 64  # auto picks low_latency up to this many tokens on the fullest rank; -1 = never
+    ep_payload: EPPayload = "model"  # what tokens travel to their experts as; model: the model's own dtype
+    collective_timeout_s: float = 30.0  # a collective that takes longer ends all ranks with a report
+    startup_timeout_s: float = 120.0  # longest wait, in each phase of the start, for all ranks to arrive
+    weights_timeout_s: float = 3600.0  # the same for the phase that loads the weights
+    flight_recorder_dir: str | None = None  # on failure ranks write their last collectives here; None = a new directory
 
     def __post_init__(self) -> None:
         self.validate()
@@ -60,8 +77,75 @@ class EngineConfig:
                 f"({self.max_num_seqs}), or running requests would starve; "
                 "raise --max-num-batched-tokens or lower --max-num-seqs"
             )
+        self._check_ranks()
+        self._check_nodes()
+        self._check_exchange()
+
+    @property
+    def world_size(self) -> int:
+        """All ranks on all nodes. Which rank does what is in ``distributed/layout.py``, checks of ``ep_size`` too."""
+        return self.dp_size * self.tp_size
+
+    def _check_ranks(self) -> None:
+        for name in ("tp_size", "dp_size", "nnodes"):
+            _check_at_least(name, getattr(self, name), 1)
+        if self.ep_size is not None:
+            _check_at_least("ep_size", self.ep_size, 1)
+
+    def _check_nodes(self) -> None:
+        _check_at_least("node_rank", self.node_rank, 0)
+        if self.master_port is not None:
+            _check_at_least("master_port", self.master_port, 1)
+            if self.master_port > 65535:
+                raise ValueError(f"master_port ({self.master_port}) must be at most 65535; set --master-port")
+        if self.world_size % self.nnodes:
+            raise ValueError(
+                f"world_size ({self.world_size} = dp_size {self.dp_size} x tp_size {self.tp_size}) must be divisible "
+                f"by nnodes ({self.nnodes}), for nodes hold equal shares; set --nnodes, --dp-size or --tp-size"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(
+                f"node_rank ({self.node_rank}) must be below nnodes ({self.nnodes}); "
+                f"set --node-rank to 0 .. {self.nnodes - 1}, or raise --nnodes"
+            )
+        if self.nnodes > 1 and not (self.master_addr and self.master_port):
+            raise ValueError(
+                f"nnodes ({self.nnodes}) needs the place where nodes meet, got master_addr {self.master_addr!r} and "
+                f"master_port {self.master_port!r}; set --master-addr and --master-port to node 0's, on every node"
+            )
+
+    def _check_exchange(self) -> None:
+        _check_choice("ep_mode", self.ep_mode, get_args(EPMode))
+        _check_choice("ep_payload", self.ep_payload, get_args(EPPayload))
+        if self.ll_max_tokens_per_rank != -1 and not _is_integer(self.ll_max_tokens_per_rank, 1):
+            raise ValueError(
+                "ll_max_tokens_per_rank must be an integer >= 1, or -1 for never, "
+                f"got {self.ll_max_tokens_per_rank!r}; set --ll-max-tokens-per-rank"
+            )
+        if self.ll_max_tokens_per_rank == -1 and self.ep_mode == "low_latency":
+            raise ValueError(
+                "ep_mode low_latency contradicts ll_max_tokens_per_rank -1 (never); set one of --ep-mode "
+                "high_throughput and --ll-max-tokens-per-rank 64"
+            )
+        for name in ("collective_timeout_s", "startup_timeout_s", "weights_timeout_s"):
+            _check_seconds(name, getattr(self, name))
 
 
 def _check_at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not _is_integer(value, low):
         raise ValueError(f"{name} must be an integer >= {low}, got {value!r}; set --{name.replace('_', '-')}")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}; set {flag}")
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number of seconds > 0, got {value!r}; set --{name.replace('_', '-')}")
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -5,6 +5,7 @@ per-request state in tables indexed by row, so a step's plan is a few lists of i
 can be encoded by ``msgspec.msgpack`` and decoded to an equal object.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -109,3 +110,36 @@ class RequestOutput(msgspec.Struct):
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+
+
+class DeploymentStats(msgspec.Struct, frozen=True):
+    """What all ranks counted since the start, dummy and warm-up steps included; lists by replica, or by MoE layer."""
+
+    num_ranks: int
+    num_steps: list[int]
+    num_dummy_steps: list[int]
+    num_scheduled_tokens: list[int]
+    coordination_us: float  # to agree on a step, the slowest replica's mean: waiting for other replicas included
+    bytes_sent: dict[str, int]  # by axis, of all ranks together
+    tokens_per_expert: list[list[int]]
+    tokens_per_rank: list[list[int]]  # that the experts of each ep rank computed
+
+    @property
+    def replica_imbalance(self) -> float:
+        return imbalance(self.num_scheduled_tokens)
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Of the worst layer."""
+        return max(map(imbalance, self.tokens_per_expert), default=1.0)
+
+    @property
+    def rank_imbalance(self) -> float:
+        """Of the worst layer: the factor by which its experts take longer than evenly loaded ones."""
+        return max(map(imbalance, self.tokens_per_rank), default=1.0)
+
+
+def imbalance(counts: Sequence[int]) -> float:
+    """The largest over the mean: 1 is even, and so is nothing at all."""
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0

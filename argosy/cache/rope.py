@@ -1,6 +1,6 @@
 """The table of rotation angles that MLA and the indexer share: YaRN (arXiv 2309.00071, section 3.2).
 
-It does not rotate anything (see ``kernels``: ``rope_interleaved`` for MLA, ``rope_half_split`` for the indexer).
+It does not rotate anything (see ``kernels``: ``rope_interleaved_`` for MLA, ``rope_half_split_`` for the indexer).
 Invariant: the table covers every position below ``max_position_embeddings``.
 """
 

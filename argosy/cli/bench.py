@@ -19,7 +19,7 @@ from argosy.cli.invocation import EXIT_FAILED, EXIT_OK, Invocation
 from argosy.cli.language_model import LanguageModel, Prompt
 from argosy.cli.terminal import Terminal, show_progress
 from argosy.config import EngineConfig
-from argosy.messages import RequestOutput
+from argosy.messages import DeploymentStats, RequestOutput
 from argosy.sampling_params import SamplingParams
 
 CHECK_PROMPT_TOKENS = 48
@@ -72,6 +72,7 @@ class BenchReport(msgspec.Struct, frozen=True):
     repeats: int
     agreement: float  # share of greedy tokens equal to those of the prompt run alone
     measurements: list[Measurement]
+    deployment: DeploymentStats  # counted over the whole command
 
 
 def run_bench(options: BenchOptions, invocation: Invocation) -> int:
@@ -96,6 +97,7 @@ def run_bench(options: BenchOptions, invocation: Invocation) -> int:
         repeats=options.repeats,
         agreement=agreement,
         measurements=bench.measure_all(invocation.terminal),
+        deployment=llm.summarize_deployment(),
     )
     _print_report(report, invocation.terminal)
     return EXIT_OK
@@ -197,6 +199,18 @@ def _reached(time_s: float | None) -> float:
     return time_s
 
 
+def _describe_deployment(stats: DeploymentStats) -> str:
+    experts = f"busiest expert {stats.expert_imbalance:.2f} x the mean in the worst layer"
+    if stats.num_ranks == 1:
+        return experts
+    sent = ", ".join(f"{axis} {count / 1e6:,.1f} MB" for axis, count in stats.bytes_sent.items())
+    return (
+        f"{stats.num_ranks} ranks sent {sent}; agreeing on a step {stats.coordination_us:,.0f} us; dummy steps "
+        f"{sum(stats.num_dummy_steps)}; tokens of the busiest replica {stats.replica_imbalance:.2f} x the mean; "
+        f"{experts}, busiest rank {stats.rank_imbalance:.2f} x"
+    )
+
+
 def _print_report(report: BenchReport, terminal: Terminal) -> None:
     console = terminal.table_console()
     console.print(f"{report.model} {report.dtype} on {report.hardware}")
@@ -208,4 +222,5 @@ def _print_report(report: BenchReport, terminal: Terminal) -> None:
         table.add_row(item.phase, *counts, *rates)
     console.print(table)
     console.print(f"greedy tokens equal to those run alone: {report.agreement:.4f}")
+    console.print(_describe_deployment(report.deployment))
     terminal.stdout.write(msgspec.json.encode(report).decode() + "\n")

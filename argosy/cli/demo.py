@@ -51,7 +51,8 @@ def run_demo(options: DemoOptions, invocation: Invocation) -> int:
         num_correct += is_correct
         speeds.append(speed)
     print(f"{num_correct} of {len(chosen)} answers are right", file=terminal.stdout)
-    print(f"all together: {describe_speed(add_speeds(speeds))}", file=terminal.stdout, flush=True)
+    total = describe_speed(add_speeds(speeds), invocation.engine_config.world_size)
+    print(f"all together: {total}", file=terminal.stdout, flush=True)
     return EXIT_OK if 2 * num_correct >= len(chosen) else EXIT_FAILED
 
 

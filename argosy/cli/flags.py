@@ -1,8 +1,9 @@
 """Command-line flags from config dataclasses: the fields are the flags, their comments are the help.
 
 The only place that knows tyro's types. It does not validate values: the real dataclass does, when ``build_config``
-makes it from the parsed flags, so a bad value is the same ``ValueError`` on the command line and in Python. Invariant:
-every field of a config becomes exactly one flag, or is named in ``omit``.
+makes it from the parsed flags, so a bad value is the same ``ValueError`` on the command line and in Python. A field's
+metadata may add short spellings: ``field(default=1, metadata={"aliases": ("--tp",)})``. Invariant: every field of a
+config becomes exactly one flag, or is named in ``omit``.
 """
 
 import ast
@@ -39,7 +40,7 @@ def build_flag_class(
             continue
         default = new_defaults.pop(spec.name, None) if spec.name in new_defaults else _default_of(spec)
         hint = hints[spec.name]
-        argument = _argument(spec.name, hint, comments[spec.name])
+        argument = _argument(spec, hint, comments[spec.name])
         annotation = Annotated[hint, argument]  # type: ignore[valid-type]
         flag_fields.append((spec.name, annotation, field(default=default)))
     assert not new_defaults, f"{config_class.__name__} has no field {sorted(new_defaults)}"
@@ -80,16 +81,16 @@ def _default_of(spec: Field[Any]) -> object:
     return spec.default
 
 
-def _argument(name: str, hint: object, help_text: str) -> object:
+def _argument(spec: Field[Any], hint: object, help_text: str) -> object:
     """Tyro's argument settings; an optional plain type is shown as that type instead of ``{None}|INT``."""
     if tyro.conf.Positional in get_args(hint):
-        return tyro.conf.arg(help=help_text, metavar=f"[{name.upper()}]")
+        return tyro.conf.arg(help=help_text, metavar=f"[{spec.name.upper()}]")
     metavar = None
     inner = [part for part in get_args(_unannotated(hint)) if part is not NoneType]
     is_optional = get_origin(_unannotated(hint)) in (Union, UnionType)
     if is_optional and len(inner) == 1 and get_origin(inner[0]) is not Literal:
         metavar = METAVARS.get(inner[0])
-    return tyro.conf.arg(help=help_text, metavar=metavar)
+    return tyro.conf.arg(help=help_text, metavar=metavar, aliases=spec.metadata.get("aliases"))
 
 
 def _unannotated(hint: object) -> object:

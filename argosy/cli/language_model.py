@@ -1,14 +1,14 @@
 """What the commands need of the engine, as a protocol, and how the real one is built.
 
 Commands depend on this and not on ``LLM``, so they can be tested with a fake and ``argosy --help`` needs no torch.
-Invariant: only this file and ``validate.py`` import the engine, inside functions.
+Invariant: only this file, ``validate.py`` and ``equality_table.py`` import the engine, inside functions.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Protocol
 
 from argosy.config import EngineConfig
-from argosy.messages import RequestOutput
+from argosy.messages import DeploymentStats, RequestOutput
 from argosy.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, object]
@@ -43,11 +43,15 @@ class LanguageModel(Protocol):
     ) -> Generator[tuple[int, Result], None, None]:
         """``(position in prompts, its result)`` in the order of finishing. Closing it aborts what has not finished."""
 
+    def summarize_deployment(self) -> DeploymentStats:
+        """What all ranks have counted."""
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """Outputs of one prompt with cumulative text; closing the generator aborts the request."""
 
 
 BuildLanguageModel = Callable[[EngineConfig], LanguageModel]
+HostRanks = Callable[[EngineConfig], None]
 
 
 def build_llm(config: EngineConfig) -> LanguageModel:
@@ -60,3 +64,16 @@ def build_llm(config: EngineConfig) -> LanguageModel:
     from argosy.engine.generation import LLM
 
     return LLM.from_config(config)
+
+
+def host_ranks(config: EngineConfig) -> None:
+    """Runs the ranks of a node other than 0 until node 0 ends them.
+
+    Raises:
+        ValueError: settings or a checkpoint that cannot work, or that differ from node 0's.
+        RuntimeError: a rank, a node or the network failed.
+    """
+    # Imported here, as above.
+    from argosy.engine.deployment import host_ranks as host
+
+    host(config)

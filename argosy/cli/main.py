@@ -34,7 +34,7 @@ from argosy.cli.invocation import (
     Invocation,
     Terminated,
 )
-from argosy.cli.language_model import BuildLanguageModel, build_llm
+from argosy.cli.language_model import BuildLanguageModel, HostRanks, build_llm, host_ranks
 from argosy.cli.terminal import Terminal, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
 from argosy.config import EngineConfig
@@ -100,11 +100,19 @@ def run_program() -> int:
         # The reader of our stdout has left (``argosy ... | head``): no message, and no second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.stdout.fileno())
         return EXIT_FAILED
+    finally:
+        # What is left to do is to end ranks, which is bounded; a second Ctrl-C would only add a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return exit_code
 
 
 def main(
-    arguments: Sequence[str], *, build_llm: BuildLanguageModel = build_llm, terminal: Terminal | None = None
+    arguments: Sequence[str],
+    *,
+    build_llm: BuildLanguageModel = build_llm,
+    host_ranks: HostRanks = host_ranks,
+    terminal: Terminal | None = None,
 ) -> int:
     """The exit code. Flags that cannot be parsed end in ``SystemExit(2)``, as with every Python program."""
     terminal = terminal or system_terminal()
@@ -112,7 +120,10 @@ def main(
     command, flags = COMMANDS[name], getattr(parsed, name)
     try:
         options: object = build_config(command.options_class, flags)
-        return command.run(options, _build_invocation(command, parsed, tuple(arguments), terminal, build_llm))
+        invocation = _build_invocation(command, parsed, tuple(arguments), terminal, build_llm)
+        if invocation.engine_config.node_rank > 0:
+            return _host_ranks(invocation, host_ranks)
+        return command.run(options, invocation)
     except Terminated:
         terminal.warn("terminated")
         return EXIT_TERMINATED
@@ -145,6 +156,14 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return name, parsed
+
+
+def _host_ranks(invocation: Invocation, host_ranks: HostRanks) -> int:
+    """Node 0 runs the command; this node computes for it."""
+    config = invocation.engine_config
+    invocation.terminal.say(f"node {config.node_rank} of {config.nnodes}: computes until node 0 is done")
+    host_ranks(config)
+    return EXIT_OK
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:

@@ -48,11 +48,18 @@ def add_speeds(speeds: Iterable[RequestSpeed]) -> RequestSpeed:
     )
 
 
-def describe_speed(speed: RequestSpeed) -> str:
-    """``prefill 41 tokens, 1,203 tok/s; decode 57 tokens, 88 tok/s``"""
-    prefill = f"prefill {speed.num_prefill_tokens:,} tokens, {format_rate(speed.num_prefill_tokens, speed.prefill_s)}"
-    decode = f"decode {speed.num_decode_tokens:,} tokens, {format_rate(speed.num_decode_tokens, speed.decode_s)}"
+def describe_speed(speed: RequestSpeed, num_ranks: int = 1) -> str:
+    """``prefill 41 tokens, 1,203 tok/s; decode 57 tokens, 88 tok/s``; with several ranks also the rate of each."""
+    prefill = _describe_phase("prefill", speed.num_prefill_tokens, speed.prefill_s, num_ranks)
+    decode = _describe_phase("decode", speed.num_decode_tokens, speed.decode_s, num_ranks)
     return f"{prefill}; {decode}"
+
+
+def _describe_phase(name: str, num_tokens: int, seconds: float, num_ranks: int) -> str:
+    text = f"{name} {num_tokens:,} tokens, {format_rate(num_tokens, seconds)}"
+    if num_ranks == 1 or num_tokens == 0 or seconds <= 0:
+        return text
+    return f"{text}, {num_tokens / seconds / num_ranks:,.1f} a rank"
 
 
 def format_rate(num_tokens: int, seconds: float) -> str:

@@ -1,5 +1,7 @@
 """``argosy validate``: runs the oracle gates of ``argosy.validation`` on a checkpoint and shows them as a table.
 
+With ``--topologies`` it shows the equality table instead (``equality_table.py``).
+
 It judges nothing itself. Invariant: the exit code is 0 only if every gate passed and there was at least one.
 """
 
@@ -10,16 +12,19 @@ from typing import Protocol
 
 from rich.table import Table
 
+from argosy.cli.equality_table import parse_topologies, run_equality_table
 from argosy.cli.invocation import EXIT_FAILED, EXIT_OK, Invocation
 from argosy.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateOptions:
-    """Compare a checkpoint's computation with transformers, layer by layer and token by token."""
+    """Compare a checkpoint's computation with transformers, or every topology's tokens with one rank's."""
 
     prompt_tokens: tuple[int, ...] = (200, 90, 33)  # random prompts; past index_topk, attention is sparse
     greedy_tokens: tuple[int, ...] = (20, 200)  # greedy continuations to compare, in tokens
+    topologies: bool = False  # start every topology and compare its greedy tokens (the first number) with one rank's
+    only: tuple[str, ...] = ()  # topologies to start, dp2tp4 say; none = all of the table
     debug: bool = False  # show tracebacks
 
     def __post_init__(self) -> None:
@@ -27,6 +32,9 @@ class ValidateOptions:
             lengths = getattr(self, name)
             if not lengths or min(lengths) < 1:
                 raise ValueError(f"{name} must be positive, got {lengths}; set --{name.replace('_', '-')} 20 200, say")
+        if self.only and not self.topologies:
+            raise ValueError(f"--only {' '.join(self.only)} names topologies; add --topologies")
+        parse_topologies(self.only)
 
 
 class GateResult(Protocol):
@@ -52,6 +60,8 @@ RunGates = Callable[[EngineConfig, ValidateOptions], Iterable[GateResult]]
 
 
 def run_validate(options: ValidateOptions, invocation: Invocation, run_gates: RunGates | None = None) -> int:
+    if options.topologies:
+        return run_equality_table(options.only, options.greedy_tokens[0], invocation)
     results = list((run_gates or run_oracle_gates)(invocation.engine_config, options))
     table = Table("gate", "measured", "threshold", "passed", "detail")
     for result in results:

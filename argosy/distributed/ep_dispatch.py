@@ -1,73 +1,122 @@
 """Bringing tokens to their experts and back: ``dispatch -> experts -> combine`` as a pipeline of values.
 
-What combine needs travels in the handle that dispatch returns; a dispatcher keeps no state of a step. Invariant:
-combine returns, for every token, the sum of its experts' outputs times ``topk_weights``; ids of -1 contribute nothing.
+This file chooses and composes. ``LocalDispatcher`` serves one rank. For more, an exchange brings each token to the
+ranks that own its experts (``ep_high_throughput``, ``ep_low_latency``, ``ep_all_gather``, as the plan says); what was
+received is then one rank's own problem (``ep_arrange``). Invariant: combine returns, for every token, the sum of its
+experts' outputs times ``topk_weights``; ids of -1 contribute nothing.
 
-Shape letters: T tokens, D hidden, K experts per token, M routed rows, e local experts.
+Shape letters: T tokens, D hidden, E experts, K experts per token, e local experts.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
-from argosy.distributed.pending import Pending, Ready
+from argosy.distributed.communicator import Communicator
+from argosy.distributed.ep_all_gather import AllGatherExchange
+from argosy.distributed.ep_arrange import ExpertLayout, arrange, sum_rows_in_torch
+from argosy.distributed.ep_high_throughput import HighThroughputExchange
+from argosy.distributed.ep_local import LocalDispatcher
+from argosy.distributed.ep_low_latency import LowLatencyExchange
+from argosy.distributed.ep_payload import PayloadKind, build_payload
+from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_types import (
+    DispatchedTokens,
+    DispatchHandle,
+    ExchangeMode,
+    ExchangePlan,
+    RankExchange,
+    ReceivedRows,
+    RowOps,
+    SumRows,
+    TokenDispatcher,
+)
+from argosy.distributed.pending import Pending, Then
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchedTokens:
-    """Rows for this rank's experts, sorted by expert."""
+def build_dispatcher(
+    ep: Communicator,
+    num_experts: int,
+    *,
+    payload: PayloadKind = "model",
+    low_latency_layout: ExpertLayout = "padded",
+    sum_rows: SumRows = sum_rows_in_torch,
+    row_ops: RowOps | None = None,
+) -> TokenDispatcher:
+    """One rank's dispatcher. Its tensors are made on the current default device, as a module's are.
 
-    hidden_states: torch.Tensor  # [M, D]
-    num_tokens_per_expert: torch.Tensor  # [e] int32, sums to M
-    handle: "DispatchHandle"
+    ``low_latency_layout`` is the form the experts get in low_latency; "sorted" suits a grouped product, "padded" a
+    masked one. ``sum_rows`` and ``row_ops`` (None: plain torch) may be fused kernels.
 
-
-@dataclass(frozen=True, slots=True)
-class DispatchHandle:
-    """What combine needs to undo the dispatch."""
-
-    routed_to_sorted: torch.Tensor  # [T * K] int64: token * K + k -> row of the dispatched tokens
-    topk_weights: torch.Tensor  # [T, K] float32
-
-
-class TokenDispatcher(Protocol):
-    """Moves tokens to experts and sums what comes back."""
-
-    def start_dispatch(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Pending[DispatchedTokens]:
-        """``x: [T, D]``, ``topk_ids: [T, K]`` int32 (-1 none), ``topk_weights: [T, K]`` f32."""
-        ...
-
-    def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
-        """``expert_out: [M, D]`` in dispatched order -> [T, D] float32."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts are here: sort, and unsort.
-
-    An id of -1 is computed by expert 0 with weight 0: every shape then depends on T and K alone, and no count is read
-    on the host.
+    Raises:
+        ValueError: experts cannot be divided among the ranks.
     """
+    codec = build_payload(payload)
+    if ep.size == 1:
+        return LocalDispatcher(num_experts)
+    ops: RowOps = TorchRowOps() if row_ops is None else row_ops
+    expert_map, expert_owner = build_expert_tables(num_experts, ep)
+    exchanges: dict[ExchangeMode, RankExchange] = {
+        "low_latency": LowLatencyExchange(ep, codec, ops),
+        "high_throughput": HighThroughputExchange(ep, expert_owner, codec, ops, sum_rows),
+        "all_gather": AllGatherExchange(ep, codec, ops),
+    }
+    padded_modes: tuple[ExchangeMode, ...] = ("low_latency",) if low_latency_layout == "padded" else ()
+    return ExpertParallelDispatcher(exchanges, expert_map, num_experts // ep.size, padded_modes, ops, sum_rows)
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+
+def build_expert_tables(num_experts: int, ep: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+    """``expert_map [E + 1]``: id -> local id, e if it is not here; ``expert_owner [E + 1]``: id -> rank. Both int32.
+
+    The last entry is for -1, which finds it by Python's own rule: e and ``ep.size``, that is nobody.
+    """
+    if num_experts % ep.size:
+        divisors = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+        raise ValueError(
+            f"n_routed_experts ({num_experts}) must be divisible by ep_size ({ep.size}); set --ep to {divisors}"
+        )
+    num_local_experts = num_experts // ep.size
+    expert_map = torch.full((num_experts + 1,), num_local_experts, dtype=torch.int32)
+    first = ep.rank * num_local_experts
+    expert_map[first : first + num_local_experts] = torch.arange(num_local_experts, dtype=torch.int32)
+    return expert_map, torch.arange(num_experts + 1, dtype=torch.int32) // num_local_experts
+
+
+class ExpertParallelDispatcher:
+    """Exchange by the plan's mode, then arrange. ``expert_map: [E + 1]`` int32, see ``build_expert_tables``."""
+
+    def __init__(
+        self,
+        exchanges: Mapping[ExchangeMode, RankExchange],
+        expert_map: torch.Tensor,
+        num_local_experts: int,
+        padded_modes: tuple[ExchangeMode, ...],
+        row_ops: RowOps,
+        sum_rows: SumRows,
+    ) -> None:
+        self._exchanges = exchanges
+        self._expert_map = expert_map
+        self._num_local_experts = num_local_experts
+        self._padded_modes = padded_modes
+        self._row_ops = row_ops
+        self._sum_rows = sum_rows
 
     def start_dispatch(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[DispatchedTokens]:
-        is_none = topk_ids < 0
-        sorted_ids, order = topk_ids.masked_fill(is_none, 0).flatten().sort(stable=True)
-        experts = torch.arange(self._num_experts + 1, dtype=sorted_ids.dtype, device=x.device)
-        counts = torch.searchsorted(sorted_ids, experts).diff().to(torch.int32)
-        handle = DispatchHandle(order.argsort(), topk_weights.masked_fill(is_none, 0.0))
-        return Ready(DispatchedTokens(x.index_select(0, order // topk_ids.shape[1]), counts, handle))
+        flight = self._exchanges[plan.mode].start(x, topk_ids, topk_weights, plan)
+        return Then(flight, partial(self._arrange, plan.mode))
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
-        num_tokens, num_experts_per_tok = handle.topk_weights.shape
-        routed = expert_out.index_select(0, handle.routed_to_sorted).view(
-            num_tokens, num_experts_per_tok, expert_out.shape[1]
+        return handle.start_combine(expert_out)
+
+    def _arrange(self, mode: ExchangeMode, received: ReceivedRows) -> DispatchedTokens:
+        return arrange(
+            received,
+            self._expert_map,
+            self._num_local_experts,
+            is_padded=mode in self._padded_modes,
+            row_ops=self._row_ops,
+            sum_rows=self._sum_rows,
         )
-        return Ready(torch.bmm(handle.topk_weights.unsqueeze(1), routed.float()).squeeze(1))

@@ -1,8 +1,10 @@
 """``Pending``: the only form asynchrony takes in model code. Start early, wait late."""
 
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 T_co = TypeVar("T_co", covariant=True)
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -22,3 +24,14 @@ class Ready(Generic[T]):
 
     def wait(self) -> T:
         return self._value
+
+
+class Then(Generic[S, T]):
+    """A transfer whose result is still to be shaped: ``finish`` runs in ``wait``, once."""
+
+    def __init__(self, pending: Pending[S], finish: Callable[[S], T]) -> None:
+        self._pending = pending
+        self._finish = finish
+
+    def wait(self) -> T:
+        return self._finish(self._pending.wait())

@@ -1,11 +1,12 @@
 """From an ``EngineConfig`` to a running engine: every choice of implementation is made here, once.
 
-Nothing here runs in a step. Invariant: settings and configuration that cannot work are refused before the first byte of
-weights is read; only the size of the cache is checked after, because what is left for it is known then.
+``prepare`` resolves what was left to the engine; ``build_engine`` makes an engine in this process, which has one rank.
+Engines of many ranks are started by ``deployment.py`` and built by ``worker.py`` from the same pieces. Nothing here
+runs in a step. Invariant: settings and configuration that cannot work are refused before the first byte of weights is
+read; only the size of the cache is checked after, because what is left for it is known then.
 """
 
 import dataclasses
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +14,40 @@ from pathlib import Path
 import torch
 
 from argosy.assets import BUILTIN_MODELS, builtin_model_directory
-from argosy.cache.block_manager import BlockManager
-from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
-from argosy.cache.rope import RotarySettings, build_rotary_table
 from argosy.config import DTypeName, EngineConfig
+from argosy.distributed.layout import ModelSizes, ParallelLayout
+from argosy.distributed.mesh import ParallelMesh
+from argosy.engine.build_rank import (
+    DTYPE_NAMES,
+    DTYPES,
+    build_runner,
+    build_scheduler,
+    check_num_blocks,
+    load_model,
+    measure_num_blocks,
+)
 from argosy.engine.engine_core import EngineCore
-from argosy.engine.scheduler import Scheduler
 from argosy.engine.tokenizer import Tokenizer
-from argosy.models.deepseek.checkpoint import build_weight_mapping
 from argosy.models.deepseek.config import ModelConfig, load_model_config
-from argosy.models.deepseek.model import DeepseekV32Model
 from argosy.platforms import Platform, select_platform
-from argosy.quantization.weight_loader import ProgressCallback, load_weights
-from argosy.runner.model_runner import ModelRunner
-from argosy.runner.row_table import RowTable
-from argosy.runner.sampler import Sampler
+from argosy.quantization.weight_loader import ProgressCallback
 
-_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_DTYPE_NAMES: dict[torch.dtype, DTypeName] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_CPU_CACHE_BYTES = 2**30  # the most that is taken unasked on a CPU
-_WORKSPACE_BYTES = 2**30  # left free on an accelerator for activations
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparation:
+    """What is known before any process is started or any weight is read."""
+
+    config: EngineConfig  # as given, with max_model_len and dtype filled in
+    layout: ParallelLayout
+    directory: Path
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    platform: Platform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltEngine:
-    """An engine and what its callers need beside it."""
+    """An engine in this process and what its callers need beside it."""
 
     config: EngineConfig  # as given, with max_model_len, num_blocks and dtype filled in
     model_config: ModelConfig
@@ -65,37 +75,67 @@ def resolve_model_directory(model: str) -> Path:
     return directory
 
 
-def build_engine(config: EngineConfig, *, on_progress: ProgressCallback | None = None) -> BuiltEngine:
-    """Load the model and set up the engine.
+def prepare(config: EngineConfig) -> Preparation:
+    """Resolve the settings against the model and the machine.
 
     Raises:
-        ValueError: the settings or the checkpoint cannot work; the message names values, rule and remedy.
-        RuntimeError: a file or the device failed.
+        ValueError: settings, or a model's configuration, that cannot work; the message names values, rule and remedy.
     """
-    started_s = time.monotonic()
+    layout = ParallelLayout(dp_size=config.dp_size, tp_size=config.tp_size, ep_size=config.ep_size)
     directory = resolve_model_directory(config.model)
     model_config = load_model_config(directory)
-    config = dataclasses.replace(config, max_model_len=_resolve_max_model_len(config, model_config))
+    layout.check_model(_model_sizes(model_config))
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     tokenizer.check_matches(model_config.vocab_size)
     platform = select_platform(config.device)
-    device = platform.device(0)
-    dtype = _resolve_dtype(config, model_config, platform)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-
-    model = _load_model(directory, model_config, dtype, device, on_progress)
-    num_blocks = _resolve_num_blocks(config, model_config, dtype, platform)
-    core = _build_core(
-        dataclasses.replace(config, num_blocks=num_blocks), model_config, model, tokenizer, dtype, device
+    resolved = dataclasses.replace(
+        config,
+        max_model_len=_resolve_max_model_len(config, model_config),
+        dtype=_resolve_dtype(config, model_config, platform),
     )
-    return BuiltEngine(
-        config=dataclasses.replace(config, num_blocks=num_blocks, dtype=_DTYPE_NAMES[dtype]),
+    return Preparation(
+        config=resolved,
+        layout=layout,
+        directory=directory,
         model_config=model_config,
         tokenizer=tokenizer,
         platform=platform,
+    )
+
+
+def build_engine(config: EngineConfig | Preparation, *, on_progress: ProgressCallback | None = None) -> BuiltEngine:
+    """Load the model and set up the engine in this process.
+
+    Raises:
+        ValueError: the settings or the checkpoint cannot work, or ask for more than one rank; the message names
+            values, rule and remedy.
+        RuntimeError: a file or the device failed.
+    """
+    started_s = time.monotonic()
+    prepared = config if isinstance(config, Preparation) else prepare(config)
+    config, model_config = prepared.config, prepared.model_config
+    if config.world_size > 1:
+        raise ValueError(
+            f"one process holds one rank, but dp_size ({config.dp_size}) x tp_size ({config.tp_size}) is "
+            f"{config.world_size}; set --dp 1 --tp 1"
+        )
+    device, dtype = prepared.platform.device(0), DTYPES[config.dtype]
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    model = load_model(
+        prepared.directory, model_config, dtype, device, ParallelMesh.local(), config.ep_payload, on_progress
+    )
+    num_blocks = measure_num_blocks(config, model_config, dtype, prepared.platform, 1)
+    check_num_blocks(config, num_blocks)
+    config = dataclasses.replace(config, num_blocks=num_blocks)
+    runner = build_runner(config, model_config, model, prepared.tokenizer.vocab_size, device)
+    return BuiltEngine(
+        config=config,
+        model_config=model_config,
+        tokenizer=prepared.tokenizer,
+        platform=prepared.platform,
         device=device,
-        core=core,
+        core=EngineCore(build_scheduler(config), runner),
         load_s=time.monotonic() - started_s,
     )
 
@@ -112,134 +152,21 @@ def _resolve_max_model_len(config: EngineConfig, model_config: ModelConfig) -> i
     return config.max_model_len
 
 
-def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, platform: Platform) -> torch.dtype:
+def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, platform: Platform) -> DTypeName:
     if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if model_config.torch_dtype not in _DTYPES:
+        return config.dtype
+    if model_config.torch_dtype not in DTYPES:
         raise ValueError(
-            f"config.json: torch_dtype {model_config.torch_dtype!r} is not one of {', '.join(_DTYPES)}; set --dtype"
+            f"config.json: torch_dtype {model_config.torch_dtype!r} is not one of {', '.join(DTYPES)}; set --dtype"
         )
-    return platform.default_dtype(_DTYPES[model_config.torch_dtype])
+    return DTYPE_NAMES[platform.default_dtype(DTYPES[model_config.torch_dtype])]
 
 
-def _load_model(
-    directory: Path,
-    model_config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    on_progress: ProgressCallback | None,
-) -> DeepseekV32Model:
-    with torch.device(device):
-        model = DeepseekV32Model(model_config, dtype)
-    load_weights(
-        model,
-        directory,
-        mapping=build_weight_mapping(model_config.num_hidden_layers, model_config.num_nextn_predict_layers),
-        block_size=model_config.weight_block_size,
-        on_progress=on_progress,
-    )
-    return model.eval()
-
-
-def _resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform) -> int:
-    """Blocks of the cache, the null block included: what was asked for, else what fits and can be used."""
-    assert config.max_model_len is not None
-    blocks_per_request = -(-config.max_model_len // config.block_size)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        block_bytes = kv_bytes_per_block(
-            num_layers=model_config.num_hidden_layers,
-            block_size=config.block_size,
-            latent_dim=model_config.latent_dim,
-            index_head_dim=model_config.index_head_dim,
-            dtype=dtype,
-        )
-        cache_bytes = config.kv_cache_memory_bytes
-        most_useful = config.max_num_seqs * blocks_per_request + 1
-        if cache_bytes is None:
-            cache_bytes = min(_free_cache_bytes(config, platform), most_useful * block_bytes)
-        num_blocks = max(cache_bytes, 0) // block_bytes
-    num_usable_tokens = max(num_blocks - 1, 0) * config.block_size
-    if num_blocks - 1 < blocks_per_request:
-        shorter = f"lower --max-model-len to {num_usable_tokens} or less, or " if num_usable_tokens >= 2 else ""
-        raise ValueError(
-            f"the cache of {max(num_blocks - 1, 0)} blocks x {config.block_size} tokens cannot hold one request of "
-            f"max_model_len ({config.max_model_len}) tokens, which takes {blocks_per_request} blocks and the null "
-            f"block; {shorter}raise --num-blocks or --kv-cache-memory-bytes"
-        )
-    return num_blocks
-
-
-def _free_cache_bytes(config: EngineConfig, platform: Platform) -> int:
-    """Memory that the cache may take unasked, after the weights are loaded."""
-    memory = platform.memory_info()
-    if platform.device_type == "cpu":
-        return min(_CPU_CACHE_BYTES, memory.free_bytes // 2)
-    kept_bytes = int((1.0 - config.device_memory_utilization) * memory.total_bytes)
-    return memory.free_bytes - kept_bytes - _WORKSPACE_BYTES
-
-
-def _build_core(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    model: DeepseekV32Model,
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> EngineCore:
-    assert config.num_blocks is not None and config.max_model_len is not None
-    cache = MLAKVCache(
-        num_layers=model_config.num_hidden_layers,
-        num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        latent_dim=model_config.latent_dim,
-        index_head_dim=model_config.index_head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    row_table = RowTable(
-        max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, block_size=config.block_size
-    )
-    sampler = Sampler(
+def _model_sizes(model_config: ModelConfig) -> ModelSizes:
+    return ModelSizes(
+        num_attention_heads=model_config.num_attention_heads,
+        intermediate_size=model_config.intermediate_size,
+        moe_intermediate_size=model_config.moe_intermediate_size,
         vocab_size=model_config.vocab_size,
-        num_valid_tokens=tokenizer.vocab_size,
-        max_num_seqs=config.max_num_seqs,
-        device=device,
-        engine_seed=config.seed,
-    )
-    runner = ModelRunner(
-        model=model,
-        cache=cache,
-        rotary=build_rotary_table(rotary_settings(model_config), device),
-        sampler=sampler,
-        row_table=row_table,
-        eos_token_ids=model_config.eos_token_ids,
-        device=device,
-    )
-    block_manager = BlockManager(
-        config.num_blocks,
-        config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        # Secret, so that nobody can craft a prompt whose hash collides with another user's.
-        hash_key=secrets.token_bytes(32),
-    )
-    scheduler = Scheduler(
-        block_manager,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-    )
-    return EngineCore(scheduler, runner)
-
-
-def rotary_settings(model_config: ModelConfig) -> RotarySettings:
-    yarn = model_config.yarn
-    return RotarySettings(
-        rotary_dim=model_config.qk_rope_head_dim,
-        max_positions=model_config.max_position_embeddings,
-        theta=model_config.rope_theta,
-        factor=yarn.factor,
-        original_max_positions=yarn.original_max_position_embeddings,
-        beta_fast=yarn.beta_fast,
-        beta_slow=yarn.beta_slow,
+        n_routed_experts=model_config.n_routed_experts,
     )

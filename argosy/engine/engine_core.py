@@ -1,9 +1,11 @@
-"""The step loop's body: schedule -> execute -> update, for one replica. It knows tokens, not text.
+"""The step loop's body for an engine of one rank in this process: schedule -> execute -> update.
 
-Who calls ``step`` and when is the caller's business (``generation.py`` today). Invariant: after a step that raised, no
-request holds blocks or rows of that step.
+One rank agrees with itself and exchanges nothing. Replicas in other processes have ``replica_loop.py``. Who calls
+``step`` and when is the caller's business. Invariant: after a step that raised, no request holds blocks or rows of that
+step.
 """
 
+from argosy.engine.replica_messages import RankStats, ReplicaStats, UpdateSettings
 from argosy.engine.request import Request
 from argosy.engine.scheduler import Scheduler
 from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta
@@ -11,7 +13,7 @@ from argosy.runner.model_runner import ModelRunner
 
 
 class EngineCore:
-    """Scheduler and runner of one replica."""
+    """Scheduler and runner."""
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner) -> None:
         self.scheduler = scheduler
@@ -42,6 +44,25 @@ class EngineCore:
         if batch.is_empty:
             return self.scheduler.drain()
         return self.scheduler.update(batch, self._execute(batch))
+
+    def update_settings(self, settings: UpdateSettings) -> None:
+        """The exchange's settings change nothing here. Raises RuntimeError while requests are unfinished."""
+        if self.has_unfinished():
+            raise RuntimeError("settings change between requests only, and some are unfinished")
+        if settings.max_num_batched_tokens is not None:
+            self.scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
+
+    def collect_stats(self) -> ReplicaStats:
+        scheduler = self.scheduler
+        return ReplicaStats(
+            num_steps=scheduler.num_steps,
+            num_dummy_steps=0,
+            num_scheduled_tokens=scheduler.num_scheduled_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_agreements=0,
+            coordination_s=0.0,
+            ranks=[RankStats(0, {}, self.runner.model.expert_load.local_counts())],
+        )
 
     def _execute(self, batch: ScheduledBatch) -> StepOutput:
         try:

@@ -1,25 +1,32 @@
-"""``LLM``: the engine in this process, in vLLM's shape. Prompts in, text out, results in input order.
+"""``LLM``: an engine, here or in many processes, in vLLM's shape. Prompts in, text out, results in input order.
 
-It drives the step loop and joins tokenizer, engine and output processor; none of them knows another. Not
+It drives the engine and joins tokenizer, engine and output processor; none of them knows another. Not
 thread-safe: one thread, one call at a time. Invariant: when a call returns or raises, none of its requests is left
 in the engine.
 """
 
+import dataclasses
 import itertools
 import time
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Literal
 
+import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from argosy.config import DeviceName, DTypeName, EngineConfig
-from argosy.engine.build import BuiltEngine, build_engine
+from argosy.config import DeviceName, DTypeName, EngineConfig, EPMode, EPPayload
+from argosy.engine.build import BuiltEngine
+from argosy.engine.deployment import RunningEngine, deploy, end_engine
+from argosy.engine.deployment_stats import summarize_stats
+from argosy.engine.dp_load_balancer import check_replica
+from argosy.engine.engine_core import EngineCore
 from argosy.engine.output_processor import OutputProcessor
 from argosy.engine.prompts import Prompt, PromptChecker
-from argosy.engine.request import Request
-from argosy.messages import RequestOutput
+from argosy.engine.replica_messages import AddRequest, ReplicaStats, UpdateSettings
+from argosy.messages import DeploymentStats, RequestOutput
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.encoding import encode_messages
 from argosy.sampling_params import SamplingParams
@@ -53,6 +60,20 @@ class LLM:
         device_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
+        tp_size: int = 1,
+        dp_size: int = 1,
+        ep_size: int | None = None,
+        nnodes: int = 1,
+        node_rank: int = 0,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        ep_mode: EPMode = "auto",
+        ll_max_tokens_per_rank: int = 64,
+        ep_payload: EPPayload = "model",
+        collective_timeout_s: float = 30.0,
+        startup_timeout_s: float = 120.0,
+        weights_timeout_s: float = 3600.0,
+        flight_recorder_dir: str | None = None,
     ) -> None:
         """See ``EngineConfig`` for the meaning of every setting."""
         config = EngineConfig(
@@ -70,37 +91,61 @@ class LLM:
             device_memory_utilization=device_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             num_threads=num_threads,
+            tp_size=tp_size,
+            dp_size=dp_size,
+            ep_size=ep_size,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            ep_mode=ep_mode,
+            ll_max_tokens_per_rank=ll_max_tokens_per_rank,
+            ep_payload=ep_payload,
+            collective_timeout_s=collective_timeout_s,
+            startup_timeout_s=startup_timeout_s,
+            weights_timeout_s=weights_timeout_s,
+            flight_recorder_dir=flight_recorder_dir,
         )
-        self._adopt(build_engine(config))
+        self._adopt(deploy(config))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLM":
-        return cls.from_engine(build_engine(config))
-
-    @classmethod
-    def from_engine(cls, engine: BuiltEngine) -> "LLM":
         llm = cls.__new__(cls)
-        llm._adopt(engine)
+        llm._adopt(deploy(config))
         return llm
 
-    def _adopt(self, built: BuiltEngine) -> None:
-        assert built.config.max_model_len is not None
-        self.built = built
-        self.engine = built.core
-        self.tokenizer = built.tokenizer
-        self.max_model_len: int = built.config.max_model_len
-        self._checker = PromptChecker(built.tokenizer, self.max_model_len)
-        self._processor = OutputProcessor(built.tokenizer)
+    def _adopt(self, running: RunningEngine) -> None:
+        assert running.config.max_model_len is not None
+        self._running = running
+        self._client = running.client
+        self.tokenizer = running.tokenizer
+        self.max_model_len: int = running.config.max_model_len
+        self._checker = PromptChecker(running.tokenizer, self.max_model_len)
+        self._processor = OutputProcessor(running.tokenizer)
         self._request_ids = (f"request-{i}" for i in itertools.count())
+        self._settings = running.config
+        # Ends the ranks of an LLM that nobody closed, when it is collected; at Python's exit ``deployment.py`` does.
+        self._finalizer = weakref.finalize(self, end_engine, running.client)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """End the engine and its processes; a second time does nothing. Leaving a ``with`` block does it too."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def config(self) -> EngineConfig:
         """The settings in force: what was left to the engine is filled in."""
-        return self.built.config
+        return self._settings
 
     @property
     def model_config(self) -> ModelConfig:
-        return self.built.model_config
+        return self._running.model_config
 
     @property
     def vocab_size(self) -> int:
@@ -113,11 +158,56 @@ class LLM:
 
     @property
     def dtype_name(self) -> str:
-        return self.built.config.dtype
+        return self._settings.dtype
 
     @property
     def device_name(self) -> str:
-        return self.built.platform.device_name()
+        return self._running.device_name
+
+    @property
+    def built(self) -> BuiltEngine:
+        """What an engine in this process consists of.
+
+        Raises:
+            RuntimeError: it is in other processes.
+        """
+        if self._running.built is None:
+            raise RuntimeError(
+                f"the engine runs in {self.config.world_size} other processes; set tp_size and dp_size 1"
+            )
+        return self._running.built
+
+    @property
+    def engine(self) -> EngineCore:
+        """``built.core``."""
+        return self.built.core
+
+    def update_settings(
+        self,
+        *,
+        ep_mode: EPMode | None = None,
+        ll_max_tokens_per_rank: int | None = None,
+        max_num_batched_tokens: int | None = None,
+    ) -> None:
+        """Change settings between requests; None leaves one as it is.
+
+        Raises:
+            ValueError: a value that cannot work.
+            RuntimeError: requests are unfinished, or the engine failed.
+        """
+        settings = UpdateSettings(ep_mode, ll_max_tokens_per_rank, max_num_batched_tokens)
+        changes = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
+        config = dataclasses.replace(self._settings, **changes)  # checks the values
+        self._client.update_settings(settings)
+        self._settings = config
+
+    def collect_stats(self) -> list[ReplicaStats]:
+        """Counters of every replica and rank since the start, by dp rank."""
+        return self._client.collect_stats()
+
+    def summarize_deployment(self) -> DeploymentStats:
+        """Steps, bytes between ranks and tokens per expert since the start: data for tuning and balancing."""
+        return summarize_stats(self.collect_stats(), self.config.ep_size or self.config.world_size)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -128,6 +218,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         on_error: Literal["raise", "return"] = "raise",
+        data_parallel_rank: int | None = None,
     ) -> list[Result]:
         """Complete prompts: strings, token-id lists, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}`` objects.
 
@@ -136,12 +227,15 @@ class LLM:
             use_tqdm: a progress bar on stderr, if that is a terminal (the name is vLLM's).
             on_error: ``raise`` refuses the whole call for one bad prompt, before anything runs; ``return`` puts the
                 ValueError in that prompt's place and completes the rest.
+            data_parallel_rank: the replica that computes all of them; None = shared out by tokens.
 
         Raises:
-            ValueError: a bad prompt, or as many sampling_params as prompts were not given.
+            ValueError: no such replica, a bad prompt, or as many sampling_params as prompts were not given.
         """
         prompt_list = _as_prompt_list(prompts)
         params_list = _as_params_list(sampling_params, len(prompt_list))
+        if data_parallel_rank is not None:
+            check_replica(data_parallel_rank, self.config.dp_size)
         if on_error == "raise":
             for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
                 self._check(prompt, params, f"prompt {i}: ")
@@ -150,7 +244,7 @@ class LLM:
         is_shown = use_tqdm and console.is_terminal and len(prompt_list) > 1
         with (
             Progress(console=console, disable=not is_shown, transient=True) as progress,
-            closing(self.generate_as_finished(prompt_list, params_list)) as finished,
+            closing(self._generate_as_finished(prompt_list, params_list, data_parallel_rank)) as finished,
         ):
             bar = progress.add_task("generate", total=len(prompt_list))
             for i, result in finished:
@@ -164,11 +258,16 @@ class LLM:
         self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
     ) -> Generator[tuple[int, Result], None, None]:
         """(position in ``prompts``, result) in the order of finishing. Closing the iterator aborts the rest."""
+        return self._generate_as_finished(prompts, sampling_params, None)
+
+    def _generate_as_finished(
+        self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams], data_parallel_rank: int | None
+    ) -> Generator[tuple[int, Result], None, None]:
         positions: dict[str, int] = {}
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
                 try:
-                    positions[self._start(prompt, params, is_streamed=False)] = i
+                    positions[self._start(prompt, params, data_parallel_rank, is_streamed=False)] = i
                 except ValueError as error:
                     yield i, error
             while positions:
@@ -186,7 +285,7 @@ class LLM:
         Raises:
             ValueError: a bad prompt, on the first ``next``.
         """
-        request_id = self._start(prompt, sampling_params or SamplingParams(), is_streamed=True)
+        request_id = self._start(prompt, sampling_params or SamplingParams(), None, is_streamed=True)
         try:
             is_finished = False
             while not is_finished:
@@ -246,7 +345,9 @@ class LLM:
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
 
-    def _start(self, prompt: Prompt, params: SamplingParams, *, is_streamed: bool) -> str:
+    def _start(
+        self, prompt: Prompt, params: SamplingParams, data_parallel_rank: int | None, *, is_streamed: bool
+    ) -> str:
         """Queue one prompt; its request id."""
         checked = self._checker.check(prompt, params)
         request_id = next(self._request_ids)
@@ -255,26 +356,23 @@ class LLM:
         )
         try:
             for child in children:
-                self.engine.add(
-                    Request(child.request_id, checked.token_ids, child.sampling_params, self.model_config.eos_token_ids)
-                )
+                request = AddRequest(child.request_id, checked.token_ids, child.sampling_params)
+                self._client.add(request, data_parallel_rank)
         except ValueError:
             self._abort(request_id)
             raise
         return request_id
 
     def _step(self) -> list[RequestOutput]:
-        processed = self._processor.process(self.engine.step(), time.monotonic())
+        processed = self._processor.process(self._client.step(), time.monotonic())
         for request_id, reason in processed.finish_request_ids:
-            self.engine.finish(request_id, reason)
+            self._client.finish(request_id, reason)
         return processed.outputs
 
     def _abort(self, request_id: str) -> None:
         """End a request that is not over yet, without a trace."""
         for child_id in self._processor.remove(request_id):
-            self.engine.abort(child_id)
-        if not self.engine.scheduler.num_running and not self.engine.scheduler.num_waiting:
-            self.engine.scheduler.drain()  # nobody is left to read the reports of these aborts
+            self._client.abort(child_id)
 
 
 def _as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

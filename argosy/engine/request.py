@@ -171,3 +171,19 @@ class Request:
             f"{self.num_output_tokens} output tokens, {self.num_computed_tokens} computed, row {self.row}, "
             f"{len(self.block_ids)} blocks)"
         )
+
+
+def check_fits_cache(request: Request, block_size: int, num_usable_blocks: int) -> None:
+    """``num_usable_blocks``: without the null block.
+
+    Raises:
+        ValueError: a request whose length limit is known could outgrow the whole cache.
+    """
+    num_blocks = -(-(request.max_total_tokens - 1) // block_size)  # the last token is never computed
+    if num_blocks > num_usable_blocks:
+        raise ValueError(
+            f"{request.num_prompt_tokens} prompt tokens and an output of up to "
+            f"{request.max_total_tokens - request.num_prompt_tokens} need {num_blocks} cache blocks "
+            f"of {block_size} tokens, but the cache has {num_usable_blocks}; "
+            "lower max_tokens, or raise --num-blocks or --kv-cache-memory-bytes"
+        )

@@ -11,7 +11,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from argosy.cache.block_manager import BlockManager
-from argosy.engine.request import NO_ROW, Request, RequestStatus
+from argosy.engine.request import NO_ROW, Request, RequestStatus, check_fits_cache
 from argosy.engine.waiting_queue import WaitingQueue
 from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta, TokenLogprobs
 
@@ -73,7 +73,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is already in use; choose another")
         request.limit_length(self.max_model_len)
-        self._check_fits_cache(request)
+        check_fits_cache(request, self.block_manager.block_size, self.block_manager.num_usable_blocks)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
@@ -189,17 +189,6 @@ class Scheduler:
             assert request.num_slots == len(request.block_ids) * self.block_manager.block_size, repr(request)
             is_running = request.status is RequestStatus.RUNNING
             assert is_running or (request.row == NO_ROW and not request.block_ids), repr(request)
-
-    def _check_fits_cache(self, request: Request) -> None:
-        manager = self.block_manager
-        num_blocks = manager.num_blocks_for(request.max_total_tokens - 1)  # the last token is never computed
-        if num_blocks > manager.num_usable_blocks:
-            raise ValueError(
-                f"{request.num_prompt_tokens} prompt tokens and an output of up to "
-                f"{request.max_total_tokens - request.num_prompt_tokens} need {num_blocks} cache blocks "
-                f"of {manager.block_size} tokens, but the cache has "
-                f"{manager.num_usable_blocks}; lower max_tokens, or raise --num-blocks or --kv-cache-memory-bytes"
-            )
 
     def _schedule_running(self, batch: ScheduledBatch) -> tuple[list[tuple[Request, int]], int]:
         """Append plain decodes to the batch; return the other requests with their tokens, and the budget left."""

@@ -1,4 +1,4 @@
-"""The specification of every operation, in plain torch; on a CPU it is also what runs.
+"""The specification of every operation, in plain torch; what runs where nothing faster was written.
 
 Nothing here knows of layers, requests or parallelism: tensors in, tensors out. Invariant: every function accepts T = 0.
 
@@ -14,25 +14,15 @@ import torch.nn.functional as F
 
 # Upper bound of the scratch memory that the chunked loops below allocate at a time.
 _SCRATCH_BYTES = 64 * 2**20
-# Below these, grouped_mlp pads: rows in all, and padded rows per row.
-_MAX_PADDED_ROWS = 1024
-_MAX_PADDING = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """One layout's rotation of T tokens: ``x * cos + partner(x) * sin``; each [T, 1, P] float32, signs in sin."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryRows:
     """The rotations of a batch's tokens in both layouts: made once a step, used by every layer."""
 
-    interleaved: Rotation
-    half_split: Rotation
+    turns: torch.Tensor  # [T, 1, P / 2] complex64: interleaved pairs are multiplied by it
+    half_cos: torch.Tensor  # [T, 1, P] float32: half-split is x * half_cos + (x with its halves swapped) * half_sin
+    half_sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +35,7 @@ class RotaryTable:
     def at(self, positions: torch.Tensor) -> RotaryRows:
         """``positions: [T]``."""
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # [T, 1, P / 2]
-        interleaved = Rotation(cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2))
-        return RotaryRows(interleaved, Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+        return RotaryRows(torch.complex(cos, sin), torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 # --- norms and activations --------------------------------------------------------------------------------------------
@@ -65,7 +54,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``gate_up: [M, 2F]`` (gate first) -> silu(gate) * up: [M, F]; float32 inside (DeepSeek's inference/model.py)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+    return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
 
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -76,19 +65,21 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 
-def rope_interleaved(x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), ... : MLA's layout. ``x: [T, heads, P]`` -> the same, in x's dtype."""
-    partner = x.unflatten(-1, (x.shape[-1] // 2, 2)).flip(-1).flatten(-2)
-    return _rotate(x, partner, rotary.interleaved)
+def rope_interleaved_(x: torch.Tensor, rotary: RotaryRows) -> None:
+    """Rotate the pairs (x0, x1), (x2, x3), ... in place: MLA's layout.
+
+    ``x: [T, heads, P]``, usually the last P of a wider tensor; the strides of T and heads are even.
+    """
+    rotated = x.float()  # x itself, if it is float32
+    torch.view_as_complex(rotated.unflatten(-1, (x.shape[-1] // 2, 2))).mul_(rotary.turns)
+    if rotated is not x:
+        x.copy_(rotated)
 
 
-def rope_half_split(x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-    """Rotate the pairs (x0, x[P/2]), (x1, x[P/2 + 1]), ... : the indexer's layout. ``x: [T, heads, P]``."""
-    return _rotate(x, x.roll(x.shape[-1] // 2, dims=-1), rotary.half_split)
-
-
-def _rotate(x: torch.Tensor, partner: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    return torch.addcmul(x.float() * rotation.cos, partner.float(), rotation.sin).to(x.dtype)
+def rope_half_split_(x: torch.Tensor, rotary: RotaryRows) -> None:
+    """Rotate the pairs (x0, x[P/2]), (x1, x[P/2 + 1]), ... in place: the indexer's layout. ``x: [T, heads, P]``."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    x.copy_(torch.addcmul(x * rotary.half_cos, swapped, rotary.half_sin))
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -180,16 +171,18 @@ def attend_expanded(
 
 
 def attend_absorbed(
-    query: torch.Tensor, latent: torch.Tensor, is_visible: torch.Tensor, kv_lora_rank: int, softmax_scale: float
+    query: torch.Tensor, latent: torch.Tensor, is_hidden: torch.Tensor | None, kv_lora_rank: int, softmax_scale: float
 ) -> torch.Tensor:
     """Attention in latent space: every head of a token reads the same rows.
 
-    ``query: [T, H, C]`` (q_nope absorbed, then q_rope), ``latent: [T, S, C]``, ``is_visible: [T, S]`` with at least one
-    True a row. Returns [T, H, R], still to be multiplied by w_uv. Softmax in float32.
+    ``query: [T, H, C]`` (q_nope absorbed, then q_rope), ``latent: [T, S, C]``, ``is_hidden: [T, S]`` with at least one
+    False a row, or None if nothing is hidden. Returns [T, H, R], still to be multiplied by w_uv. Softmax in float32.
     """
-    scores = torch.bmm(query, latent.transpose(1, 2)).float() * softmax_scale  # [T, H, S]
-    scores.masked_fill_(~is_visible.unsqueeze(1), float("-inf"))
-    weights = scores.softmax(dim=-1).to(query.dtype)
+    mask = query.new_zeros(1, 1, 1)
+    if is_hidden is not None:
+        mask = query.new_zeros(is_hidden.shape).masked_fill_(is_hidden, float("-inf")).unsqueeze(1)  # [T, 1, S]
+    scores = torch.baddbmm(mask, query, latent.transpose(1, 2), alpha=softmax_scale)  # [T, H, S]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.bmm(weights, latent[..., :kv_lora_rank])
 
 
@@ -199,27 +192,29 @@ def attend_sparse(
     topk_slots: torch.Tensor,
     kv_lora_rank: int,
     softmax_scale: float,
+    *,
+    is_full: bool = False,
 ) -> torch.Tensor:
     """Absorbed attention over gathered cache rows.
 
     ``query: [T, H, C]``, ``latent_cache: [num_blocks, block_size, C]``, ``topk_slots: [T, index_topk]`` int64 slots,
-    -1 none. Returns [T, H, R].
+    -1 none; ``is_full`` promises that there is no -1. Returns [T, H, R].
     """
     rows = latent_cache.view(-1, latent_cache.shape[-1])
     num_tokens, num_selected = topk_slots.shape
     step = max(1, _SCRATCH_BYTES // (num_selected * rows.shape[1] * rows.element_size()))
     if num_tokens <= step:
-        return _attend_rows(query, rows, topk_slots, kv_lora_rank, softmax_scale)
+        return _attend_rows(query, rows, topk_slots, kv_lora_rank, softmax_scale, is_full)
     parts = zip(query.split(step), topk_slots.split(step), strict=True)
-    return torch.cat([_attend_rows(part, rows, slots, kv_lora_rank, softmax_scale) for part, slots in parts])
+    return torch.cat([_attend_rows(part, rows, slots, kv_lora_rank, softmax_scale, is_full) for part, slots in parts])
 
 
 def _attend_rows(
-    query: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, kv_lora_rank: int, softmax_scale: float
+    query: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, kv_lora_rank: int, softmax_scale: float, is_full: bool
 ) -> torch.Tensor:
-    latent = rows.index_select(0, slots.clamp(min=0).flatten())
-    latent = latent.view(slots.shape[0], slots.shape[1], rows.shape[1])  # [t, index_topk, C]
-    return attend_absorbed(query, latent, slots >= 0, kv_lora_rank, softmax_scale)
+    known = slots if is_full else slots.clamp(min=0)
+    latent = rows.index_select(0, known.view(-1)).view(*slots.shape, rows.shape[1])  # [t, index_topk, C]
+    return attend_absorbed(query, latent, None if is_full else slots < 0, kv_lora_rank, softmax_scale)
 
 
 def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -270,33 +265,17 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """Every expert's gated MLP on its rows. ``x: [M, D]`` sorted by expert, counts [e] int32 -> [M, D].
 
-    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``. On a CPU, few rows are padded to the busiest expert's count:
-    one batched product then costs less than a product per expert.
+    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``.
     """
-    num_experts = gate_up_proj.shape[0]
-    if x.is_cpu and 0 < x.shape[0] <= _MAX_PADDED_ROWS:
-        busiest = int(num_tokens_per_expert.max())  # NOTE(sync): free on a CPU
-        if num_experts * busiest <= _MAX_PADDING * x.shape[0]:
-            return _padded_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert, busiest)
     gate_up = grouped_gemm(x, gate_up_proj, num_tokens_per_expert)
     return grouped_gemm(silu_mul(gate_up), down_proj, num_tokens_per_expert)
 
 
-def _padded_mlp(
-    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, counts: torch.Tensor, busiest: int
-) -> torch.Tensor:
-    num_experts, hidden_size = gate_up_proj.shape[0], x.shape[1]
-    # Row r of expert i goes to place i * busiest + r: its number, plus the padding of the experts before it.
-    padding_before = torch.arange(0, num_experts * busiest, busiest) - (counts.cumsum(0) - counts)
-    place = torch.arange(x.shape[0]) + padding_before.repeat_interleave(counts, output_size=x.shape[0])
-    padded = x.new_zeros(num_experts * busiest, hidden_size).index_copy_(0, place, x)
-    gate_up = torch.bmm(padded.view(num_experts, busiest, hidden_size), gate_up_proj.transpose(1, 2))
-    out = torch.bmm(silu_mul(gate_up), down_proj.transpose(1, 2))
-    return out.view(num_experts * busiest, hidden_size).index_select(0, place)
-
-
 def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    """Sorted rows times their expert's matrix: ``x: [M, n]``, ``weight: [e, m, n]``, counts [e] -> [M, m]."""
+    """Sorted rows times their expert's matrix: ``x: [M, n]``, ``weight: [e, m, n]``, counts [e] -> [M, m].
+
+    Rows behind the last expert's are spare: what comes out for them is unspecified.
+    """
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[1])
     if x.is_cuda and x.dtype == torch.float32:  # torch has no float32 grouped product for CUDA
@@ -307,5 +286,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: t
 
 def grouped_gemm_loop(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
     """Slow twin of ``grouped_gemm``: one expert after another. NOTE(sync): reads the counts on the host."""
-    parts = x.split(num_tokens_per_expert.tolist())
-    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])
+    counts = num_tokens_per_expert.tolist()
+    *parts, spare = x.split([*counts, x.shape[0] - sum(counts)])
+    products = [F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)]
+    return torch.cat([*products, spare.new_empty(spare.shape[0], weight.shape[1])])

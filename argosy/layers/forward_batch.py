@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from argosy.distributed.ep_types import ExchangePlan
 from argosy.kernels import RotaryRows
 
 
@@ -42,6 +43,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int  # over all rows
     max_decode_seq_len: int  # over the decode rows; 0 without any
+    min_decode_seq_len: int
     num_decode_tokens: int  # equals the number of decode rows
     num_prefill_tokens: int
     prefill_segments: tuple[PrefillSegment, ...]
@@ -49,13 +51,14 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
-    """Inputs of one forward pass on this rank."""
+    """Inputs of one forward pass: equal on all ranks of a replica, whose token slices are cut from it."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     rotary: RotaryRows  # of ``positions``: looked up once, used by every layer
     attention: AttentionMetadata
     logits_indices: torch.Tensor  # [number of sampled rows] int64: tokens whose logits are wanted
+    exchange: ExchangePlan  # how tokens reach their experts: agreed by all ranks
 
     @property
     def num_tokens(self) -> int:

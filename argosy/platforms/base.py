@@ -18,10 +18,19 @@ class Platform(ABC):
     """A kind of device. Constructed once and passed down; holds no state of a step."""
 
     device_type: str
+    comm_backend: str  # what torch.distributed calls the library that connects such devices
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
         """The device of the ``local_rank``-th process on this node."""
+
+    @abstractmethod
+    def num_devices(self) -> int | None:
+        """Devices of this node; None where ranks can share one."""
+
+    @abstractmethod
+    def make_current(self, local_rank: int) -> None:
+        """From now on this process computes on ``device(local_rank)``."""
 
     @abstractmethod
     def device_name(self) -> str:

@@ -10,9 +10,16 @@ from argosy.platforms.base import MemoryInfo, Platform
 
 class CpuPlatform(Platform):
     device_type = "cpu"
+    comm_backend = "gloo"
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
+
+    def num_devices(self) -> int | None:
+        return None
+
+    def make_current(self, local_rank: int) -> None:
+        return None
 
     def device_name(self) -> str:
         cpuinfo = Path("/proc/cpuinfo")

@@ -7,9 +7,16 @@ from argosy.platforms.base import MemoryInfo, Platform
 
 class CudaPlatform(Platform):
     device_type = "cuda"
+    comm_backend = "nccl"
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cuda", local_rank)
+
+    def num_devices(self) -> int | None:
+        return torch.cuda.device_count()
+
+    def make_current(self, local_rank: int) -> None:
+        torch.cuda.set_device(local_rank)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name()

@@ -3,11 +3,13 @@
 Invariant: rows keep the plan's order, and every array is a pure function of the plan and the row table.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
 from argosy.kernels import RotaryTable
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
 from argosy.messages import ScheduledBatch
@@ -31,7 +33,7 @@ class BatchBuilder:
         self._rotary = rotary
         self._device = device
 
-    def build(self, batch: ScheduledBatch) -> BuiltBatch:
+    def build(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> BuiltBatch:
         """NOTE(sync): copies from the host; nothing is read back."""
         rows = np.asarray(batch.rows, dtype=np.int64)
         computed = np.asarray(batch.num_computed_tokens, dtype=np.int64)
@@ -49,8 +51,23 @@ class BatchBuilder:
             rotary=self._rotary.at(position_tensor),
             attention=self._build_attention(rows, computed, scheduled, seq_lens, self._slots(rows[entry], positions)),
             logits_indices=self._to_device(ends[sampled] - 1),
+            exchange=exchange,
         )
         return BuiltBatch(forward, sampled, rows[sampled])
+
+    def build_dummy(self, exchange: ExchangePlan) -> ForwardBatch:
+        """One token of nobody, at position 0: it attends to the null block and writes no slot."""
+        one = np.ones(1, dtype=np.int64)
+        position_tensor = self._to_device(0 * one)
+        attention = self._build_attention(0 * one, 0 * one, one, one, -one)
+        return ForwardBatch(
+            input_ids=self._to_device(0 * one),
+            positions=position_tensor,
+            rotary=self._rotary.at(position_tensor),
+            attention=dataclasses.replace(attention, block_table=torch.zeros_like(attention.block_table)),
+            logits_indices=self._to_device(one[:0]),
+            exchange=exchange,
+        )
 
     def _slots(self, row_of_token: np.ndarray, positions: np.ndarray) -> np.ndarray:
         block_size = self._table.block_size
@@ -79,6 +96,7 @@ class BatchBuilder:
             max_query_len=int(scheduled.max()),
             max_seq_len=max_seq_len,
             max_decode_seq_len=int(seq_lens[:num_decodes].max()) if num_decodes else 0,
+            min_decode_seq_len=int(seq_lens[:num_decodes].min()) if num_decodes else 0,
             num_decode_tokens=num_decodes,
             num_prefill_tokens=len(slots) - num_decodes,
             prefill_segments=segments,

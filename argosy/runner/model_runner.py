@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
 from argosy.kernels import RotaryTable
 from argosy.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from argosy.models.deepseek.model import DeepseekV32Model
@@ -41,17 +42,26 @@ class ModelRunner:
         self._builder = BatchBuilder(row_table, rotary, device)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepOutput:
-        """One step. NOTE(sync): ends with the sampled ids on the host."""
+    def execute(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> StepOutput:
+        """One step. Collective over the replica and, with ``execute_dummy``, over ep.
+
+        Every rank of the replica gets the same plan and returns the same tokens. NOTE(sync): ends with the sampled ids
+        on the host.
+        """
         self._table.apply(batch)
         for request in batch.admitted:
             self._sampler.admit(request.row, request, self._eos_token_ids)
-        built = self._builder.build(batch)
+        built = self._builder.build(batch, exchange)
         hidden_states = self.model(built.forward, self.cache)
         if not built.sampled.size:
             return StepOutput(sampled_token_ids=[[]] * len(batch.rows))
-        logits = self.model.compute_logits(hidden_states[built.forward.logits_indices])
+        logits = self.model.compute_logits(self.model.take_rows(hidden_states, built.forward))
         return self._sample(batch, built, logits)
+
+    @torch.inference_mode()
+    def execute_dummy(self, exchange: ExchangePlan) -> None:
+        """Takes part in the others' step with one token of nobody. Collective as ``execute``."""
+        self.model(self._builder.build_dummy(exchange), self.cache)
 
     def _sample(self, batch: ScheduledBatch, built: BuiltBatch, logits: torch.Tensor) -> StepOutput:
         sampled = self._sampler.sample(logits, built.sampled_rows, self._table)

@@ -4,6 +4,8 @@ It schedules nothing: the caller says which tokens are computed when. Invariant:
 cache.
 """
 
+import dataclasses
+
 import torch
 
 from argosy.cache.mla_kv_cache import MLAKVCache
@@ -33,7 +35,9 @@ class ModelProbe:
         cache, batches = self._plan(prompts, chunk_size)
         parts: list[list[torch.Tensor]] = [[] for _ in prompts]
         for rows, num_tokens, batch in batches:
+            everything = torch.arange(batch.num_tokens, device=self._device)
             hidden_states = self._model(batch, cache)
+            hidden_states = self._model.take_rows(hidden_states, dataclasses.replace(batch, logits_indices=everything))
             for row, part in zip(rows, hidden_states.split(num_tokens), strict=True):
                 parts[row].append(part)
         return [torch.cat(part) for part in parts]
@@ -42,6 +46,12 @@ class ModelProbe:
     def logits(self, prompts: list[list[int]], chunk_size: int) -> list[torch.Tensor]:
         """Logits [T, vocab_size] float32 at every position."""
         return [self._model.compute_logits(hidden) for hidden in self.hidden_states(prompts, chunk_size)]
+
+    @torch.inference_mode()
+    def forward(self, prompt: list[int]) -> torch.Tensor:
+        """One forward pass over a whole prompt, nothing sampled: this rank's slice of the hidden states [t, D]."""
+        cache, ((_, _, batch),) = self._plan([prompt], len(prompt))
+        return self._model(batch, cache)
 
     @torch.inference_mode()
     def layer_output(self, layer_id: int, hidden_in: torch.Tensor) -> torch.Tensor:

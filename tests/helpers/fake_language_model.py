@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from argosy.cli.terminal import Terminal
 from argosy.config import EngineConfig
-from argosy.messages import CompletionOutput, RequestMetrics, RequestOutput
+from argosy.messages import CompletionOutput, DeploymentStats, RequestMetrics, RequestOutput
 from argosy.sampling_params import SamplingParams
 
 Answer = Callable[[str], str]
@@ -33,6 +33,18 @@ class FakeLanguageModel:
 
     def build(self, config: EngineConfig) -> "FakeLanguageModel":
         return self
+
+    def summarize_deployment(self) -> DeploymentStats:
+        return DeploymentStats(
+            num_ranks=4,
+            num_steps=[30, 10],
+            num_dummy_steps=[0, 20],
+            num_scheduled_tokens=[300, 100],
+            coordination_us=250.0,
+            bytes_sent={"tp": 2_000_000, "ep": 1_500_000},
+            tokens_per_expert=[[4, 0, 0, 0]],
+            tokens_per_rank=[[4, 0]],
+        )
 
     def encode_chat(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from argosy.cache.rope import build_rotary_table
-from argosy.engine.build import rotary_settings
+from argosy.engine.build_rank import rotary_settings
 from argosy.models.deepseek.checkpoint import build_weight_mapping
 from argosy.models.deepseek.config import ModelConfig, load_model_config
 from argosy.models.deepseek.model import DeepseekV32Model

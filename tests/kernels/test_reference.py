@@ -21,8 +21,8 @@ from argosy.kernels import (
     positions_to_slots,
     reference,
     rms_norm,
-    rope_half_split,
-    rope_interleaved,
+    rope_half_split_,
+    rope_interleaved_,
     route_grouped_topk,
     select_topk_positions,
     silu_mul,
@@ -70,10 +70,19 @@ def test_mla_rope_rotates_neighbours_and_indexer_rope_rotates_halves() -> None:
     """The mistake of the first published code: with the layouts swapped, the model still talks, and scores badly."""
     angles, table = _angles(3, 4)
     x = _random(3, 2, 8)
-    pairs = torch.view_as_complex(x.view(3, 2, 4, 2).contiguous()) * torch.polar(torch.ones(3, 1, 4), angles[:, None])
-    assert torch.allclose(rope_interleaved(x, table), torch.view_as_real(pairs).flatten(-2), atol=FP32_OP_ATOL)
-    halves = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(3, 1, 4), angles[:, None])
-    assert torch.allclose(rope_half_split(x, table), torch.cat((halves.real, halves.imag), -1), atol=FP32_OP_ATOL)
+    turns = torch.polar(torch.ones(3, 1, 4), angles[:, None])
+    interleaved = torch.view_as_real(torch.complex(x[..., 0::2], x[..., 1::2]) * turns).flatten(-2)
+    halves = torch.complex(x[..., :4], x[..., 4:]) * turns
+    for rotate, expected in (
+        (rope_interleaved_, interleaved),
+        (rope_half_split_, torch.cat((halves.real, halves.imag), -1)),
+    ):
+        for dtype, atol in ((torch.float32, FP32_OP_ATOL), (torch.bfloat16, 2**-6)):
+            wide = torch.zeros(3, 2, 12, dtype=dtype)  # the rotated part is a slice of a wider tensor, as in the model
+            wide[..., 2:10] = x
+            rotate(wide[..., 2:10], table)
+            assert torch.allclose(wide[..., 2:10].float(), expected, atol=atol)
+            assert not wide[..., :2].any() and not wide[..., 10:].any()
 
 
 def test_rms_norm_and_silu_mul_compute_in_float32() -> None:
@@ -143,10 +152,17 @@ def test_sparse_attention_over_all_positions_equals_dense_absorbed() -> None:
     table = torch.tensor([[2, 4], [1, 3], [3, 2]])
     lengths = torch.tensor([8, 5, 1])
     is_visible = torch.arange(8) < lengths[:, None]
-    dense = attend_absorbed(query, gather_cache(cache, table, 8), is_visible, 8, 0.2)
+    dense = attend_absorbed(query, gather_cache(cache, table, 8), ~is_visible, 8, 0.2)
     positions = torch.where(is_visible, torch.arange(8), -1).flip(1)  # any order, padded in front
     sparse = attend_sparse(query, cache, positions_to_slots(positions, table, 4), 8, 0.2)
     assert torch.allclose(dense, sparse, atol=FP32_OP_ATOL)
+
+
+def test_sparse_attention_needs_no_mask_when_every_slot_is_known() -> None:
+    query, cache = _random(3, 4, 12), _random(5, 4, 12, seed=1)
+    slots = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(2))
+    masked, full = (attend_sparse(query, cache, slots, 8, 0.2, is_full=is_full) for is_full in (False, True))
+    assert torch.equal(masked, full)
 
 
 def _route(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,13 +256,14 @@ def test_every_operation_accepts_zero_tokens() -> None:
     assert rms_norm(none, torch.ones(8), 1e-6).shape == (0, 8)
     assert silu_mul(none).shape == (0, 4)
     table = RotaryTable(torch.empty(5, 2), torch.empty(5, 2)).at(torch.empty(0, dtype=torch.int64))
-    assert rope_interleaved(torch.empty(0, 3, 4), table).shape == (0, 3, 4)
-    assert rope_half_split(torch.empty(0, 3, 4), table).shape == (0, 3, 4)
+    rope_interleaved_(torch.empty(0, 3, 4), table)
+    rope_half_split_(torch.empty(0, 3, 4), table)
     assert index_scores(torch.empty(1, 0, 2, 4), torch.empty(1, 5, 4), torch.empty(1, 0, 2)).shape == (1, 0, 5)
     assert select_topk_positions(torch.empty(0, 5), torch.empty(0), 3).shape == (0, 3)
     topk_ids, topk_weights = _route(torch.empty(0, 256), torch.zeros(256))
     assert topk_ids.shape == topk_weights.shape == (0, 8)
-    assert attend_absorbed(torch.empty(0, 2, 6), torch.empty(0, 3, 6), torch.empty(0, 3) > 0, 4, 1.0).shape == (0, 2, 4)
+    for is_hidden in (torch.empty(0, 3) > 0, None):
+        assert attend_absorbed(torch.empty(0, 2, 6), torch.empty(0, 3, 6), is_hidden, 4, 1.0).shape == (0, 2, 4)
     cache = torch.zeros(2, 2, 8)
     write_cache(cache, torch.empty(0, dtype=torch.int64), none)
     assert not cache.any()

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Model
 
 from argosy.cache.rope import build_rotary_table
-from argosy.engine.build import rotary_settings
+from argosy.engine.build_rank import rotary_settings
 from argosy.models.deepseek.config import load_model_config
 from argosy.models.deepseek.model import DeepseekV32Model as OurModel
 from argosy.validation.probe import ModelProbe

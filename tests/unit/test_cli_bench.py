@@ -55,6 +55,14 @@ def test_bench_ends_with_one_json_line() -> None:
     assert report["measurements"][3]["min_tok_s"] == pytest.approx(30.0)
 
 
+def test_bench_shows_what_the_ranks_counted() -> None:
+    _, shown, _ = run_bench(FakeLanguageModel(long_answer))
+    text = " ".join(shown.split())
+    assert "4 ranks sent tp 2.0 MB, ep 1.5 MB; agreeing on a step 250 us; dummy steps 20" in text
+    assert "busiest replica 1.50 x the mean; busiest expert 4.00 x the mean in the worst layer" in text
+    assert "busiest rank 2.00 x" in text
+
+
 def test_bench_prompts_are_new_in_every_run_and_ordinary() -> None:
     llm = FakeLanguageModel(long_answer)
     run_bench(llm)
@@ -132,6 +140,7 @@ def test_speeds_are_sums_and_nothing_without_time() -> None:
     two = RequestSpeed(num_prefill_tokens=1000, prefill_s=1.5, num_decode_tokens=50, decode_s=1.0)
     expected = "prefill 2,000 tokens, 1,000 tok/s; decode 60 tokens, 30 tok/s"
     assert describe_speed(add_speeds([one, two])) == expected
+    assert describe_speed(one, 4).startswith(describe_speed(one).split(";")[0]) and "a rank" in describe_speed(one, 4)
     assert describe_speed(RequestSpeed()) == "prefill 0 tokens, - tok/s; decode 0 tokens, - tok/s"
 
 

@@ -35,8 +35,15 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_help_imports_no_torch() -> None:
-    program = "import sys; import argosy.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    # Exit code 0 comes from --help itself; the hook runs after it.
+    program = """
+import atexit, os, sys
+from argosy.cli.main import parse_arguments
+atexit.register(lambda: os._exit(int("torch" in sys.modules or "transformers" in sys.modules)))
+parse_arguments(sys.argv[1:])
+"""
+    for arguments in (["--help"], ["generate", "--help"]):
+        subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
 
 
 def test_flags_reach_the_configs() -> None:
@@ -50,6 +57,44 @@ def test_flags_reach_the_configs() -> None:
     assert config == EngineConfig(block_size=32, enable_prefix_caching=False, max_model_len=99)
     expected = SamplingParams(temperature=0.0, max_tokens=256, top_p=0.5, stop=("a", "b"), logit_bias={3: -2.5})
     assert params == expected
+
+
+@pytest.mark.parametrize(("short", "name"), [("--tp", "tp_size"), ("--dp", "dp_size"), ("--ep", "ep_size")])
+def test_parallel_sizes_have_a_short_and_a_long_flag(short: str, name: str) -> None:
+    for flag in (short, f"--{name.replace('_', '-')}"):
+        _, parsed = parse_arguments(["generate", "Hi", flag, "2"])
+        assert build_config(EngineConfig, parsed.engine) == EngineConfig(**{name: 2})  # type: ignore[arg-type]
+
+
+def test_sixteen_ranks_on_two_nodes_from_flags() -> None:
+    sizes = ["--tp", "8", "--dp", "2", "--ep", "16", "--ep-mode", "high_throughput"]
+    nodes = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "29500"]
+    _, parsed = parse_arguments(["generate", "Hi", *sizes, *nodes, "--collective-timeout-s", "5"])
+    expected = EngineConfig(
+        tp_size=8,
+        dp_size=2,
+        ep_size=16,
+        ep_mode="high_throughput",
+        nnodes=2,
+        node_rank=1,
+        master_addr="10.0.0.1",
+        master_port=29500,
+        collective_timeout_s=5.0,
+    )
+    assert build_config(EngineConfig, parsed.engine) == expected
+
+
+def test_alias_is_one_flag_with_its_long_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["generate", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--tp INT, --tp-size INT ranks that share each layer of a replica" in words
+
+
+def test_sizes_that_cannot_be_are_one_line_and_exit_code_2() -> None:
+    llm, terminal = FakeLanguageModel(str.upper), fake_terminal()
+    assert main(["generate", "Hi", "--tp", "0"], build_llm=llm.build, terminal=terminal) == 2
+    assert written(terminal.stderr) == "argosy: error: tp_size must be an integer >= 1, got 0; set --tp-size\n"
 
 
 def test_flag_defaults_are_the_field_defaults() -> None:

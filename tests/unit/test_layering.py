@@ -42,18 +42,27 @@ PURE_MODULES = (
     "argosy.engine.request",
     "argosy.engine.scheduler",
     "argosy.engine.waiting_queue",
+    "argosy.engine.dp_load_balancer",
+    "argosy.engine.replica_client",
+    "argosy.engine.replica_loop",
+    "argosy.engine.replica_messages",
     "argosy.cache.block_manager",
+    "argosy.distributed.layout",
+    "argosy.distributed.dp_coord",
 )
 PURE_PACKAGES = ("argosy.cli",)  # functions may import torch there; the modules may not
 
 # What only some files may name: dotted name -> path prefixes that may.
 RESERVED: Mapping[str, tuple[str, ...]] = {
-    "torch.distributed": ("argosy.distributed.communicator", "argosy.distributed.mesh"),
+    "torch.distributed": tuple(
+        f"argosy.distributed.{name}" for name in ("communicator", "mesh", "rendezvous", "launcher")
+    ),
     "torch.cuda": ("argosy.platforms",),
     "torch.npu": ("argosy.platforms",),
     "torch_npu": ("argosy.kernels", "argosy.platforms"),
     "triton": ("argosy.kernels",),
     "transformers": ("argosy.validation",),
+    "zmq": ("argosy.engine.wire",),
     # Code that runs what a file or a peer sends: nowhere.
     "pickle": (),
     "marshal": (),

@@ -18,7 +18,7 @@ from argosy.kernels import (
     gather_cache,
     index_scores,
     positions_to_slots,
-    rope_half_split,
+    rope_half_split_,
     select_topk_positions,
 )
 from argosy.layers.forward_batch import AttentionMetadata, PrefillSegment
@@ -52,14 +52,15 @@ class Indexer(nn.Module):
 
     def make_key(self, hidden_states: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
         """``hidden_states: [T, D]`` -> index_k [T, I], to be cached."""
-        key = self.k_norm(self.wk(hidden_states)).unsqueeze(1)
-        return self._rotate(key, rotary).squeeze(1)
+        key = self.k_norm(self.wk(hidden_states))
+        rope_half_split_(key[:, : self._rope_dim].unsqueeze(1), rotary)
+        return key
 
     def make_query(self, hidden_states: torch.Tensor, q_resid: torch.Tensor, rotary: RotaryRows) -> IndexQuery:
         """``q_resid: [T, q_lora_rank]`` is the *normed* output of ``q_a_layernorm``."""
         query = self.wq_b(q_resid).view(hidden_states.shape[0], self._heads, self._head_dim)
-        weights = self.weights_proj(hidden_states) * self._weight_scale
-        return IndexQuery(self._rotate(query, rotary), weights)
+        rope_half_split_(query[..., : self._rope_dim], rotary)
+        return IndexQuery(query, self.weights_proj(hidden_states) * self._weight_scale)
 
     def select_decode_slots(
         self, query: IndexQuery, index_k_cache: torch.Tensor, attention: AttentionMetadata
@@ -85,7 +86,3 @@ class Indexer(nn.Module):
         )  # causal
         positions = select_topk_positions(scores.squeeze(0), num_visible, self.topk)
         return positions_to_slots(positions, block_table, index_k_cache.shape[1])
-
-    def _rotate(self, x: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-        rope_part, plain_part = x.split([self._rope_dim, self._head_dim - self._rope_dim], dim=-1)
-        return torch.cat((rope_half_split(rope_part, rotary), plain_part), dim=-1)

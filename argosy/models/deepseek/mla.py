@@ -20,11 +20,11 @@ from argosy.kernels import (
     attend_expanded,
     attend_sparse,
     gather_cache,
-    rope_interleaved,
+    rope_interleaved_,
     write_cache,
 )
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
-from argosy.layers.linear import Linear
+from argosy.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from argosy.layers.norm import RMSNorm
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.indexer import Indexer, IndexQuery
@@ -38,29 +38,39 @@ class HeadQueries:
     q_rope: torch.Tensor  # [T, H, P], rotated
 
     def rows(self, start: int, end: int) -> "HeadQueries":
+        if end - start == self.q_nope.shape[0]:
+            return self
         return HeadQueries(self.q_nope[start:end], self.q_rope[start:end])
 
 
 class MLAAttention(nn.Module):
-    """The checkpoint's ``self_attn``."""
+    """The checkpoint's ``self_attn``; with ``tp_size`` > 1 this rank's heads, and a partial sum as output.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    Latents and the indexer are the same on every tensor-parallel rank, and so is the cache.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp_size: int = 1) -> None:
         super().__init__()
-        self._heads = config.num_attention_heads
+        self._heads = config.num_attention_heads // tp_size
+        v_width = config.num_attention_heads * config.v_head_dim
         self._rank, self._rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
         self._nope_dim, self._v_dim = config.qk_nope_head_dim, config.v_head_dim
         self._softmax_scale = config.softmax_scale
         self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, dtype)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.q_b_proj = Linear(config.q_lora_rank, self._heads * config.qk_head_dim, dtype)
+        self.q_b_proj = ColumnParallelLinear(
+            config.q_lora_rank, config.num_attention_heads * config.qk_head_dim, dtype, tp_size
+        )
         self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim, dtype)
         self.kv_a_layernorm = RMSNorm(self._rank, config.rms_norm_eps)
-        self.kv_b_proj = Linear(self._rank, self._heads * (self._nope_dim + self._v_dim), dtype)
-        self.o_proj = Linear(self._heads * self._v_dim, config.hidden_size, dtype)
+        self.kv_b_proj = ColumnParallelLinear(
+            self._rank, config.num_attention_heads * config.qk_nope_head_dim + v_width, dtype, tp_size
+        )
+        self.o_proj = RowParallelLinear(v_width, config.hidden_size, dtype, tp_size)
         self.indexer = Indexer(config, dtype)
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
-        """``hidden_states: [T, D]`` -> [T, D]. Writes this batch's entries into ``kv``."""
+        """``hidden_states: [T, D]`` -> [T, D], to be summed over tp. Writes this batch's entries into ``kv``."""
         attention = batch.attention
         q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
         queries = self._make_queries(q_resid, batch)
@@ -79,14 +89,17 @@ class MLAAttention(nn.Module):
 
     def _make_queries(self, q_resid: torch.Tensor, batch: ForwardBatch) -> HeadQueries:
         query = self.q_b_proj(q_resid).view(q_resid.shape[0], self._heads, self._nope_dim + self._rope_dim)
-        q_nope, q_rope = query.split([self._nope_dim, self._rope_dim], dim=-1)
-        return HeadQueries(q_nope, rope_interleaved(q_rope, batch.rotary))
+        q_nope, q_rope = query[..., : self._nope_dim], query[..., self._nope_dim :]
+        rope_interleaved_(q_rope, batch.rotary)
+        return HeadQueries(q_nope, q_rope)
 
     def _make_latent(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """What the cache keeps of each token: normed kv_latent, then rotated k_rope: [T, C]."""
-        kv_latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self._rank, self._rope_dim], dim=-1)
-        k_rope = rope_interleaved(k_rope.unsqueeze(1), batch.rotary).squeeze(1)
-        return torch.cat((self.kv_a_layernorm(kv_latent), k_rope), dim=-1)
+        latent = self.kv_a_proj_with_mqa(hidden_states)
+        kv_latent = latent[:, : self._rank]
+        kv_latent.copy_(self.kv_a_layernorm(kv_latent))
+        rope_interleaved_(latent[:, self._rank :].unsqueeze(1), batch.rotary)
+        return latent
 
     def _decode(
         self, queries: HeadQueries, index_query: IndexQuery | None, attention: AttentionMetadata, kv: LayerKV
@@ -97,11 +110,12 @@ class MLAAttention(nn.Module):
         if index_query is None or attention.max_decode_seq_len <= self.indexer.topk:
             latent = gather_cache(kv.latent, attention.block_table[:rows], attention.max_decode_seq_len)
             position = torch.arange(attention.max_decode_seq_len, device=latent.device)
-            is_visible = position < attention.seq_lens[:rows].unsqueeze(1)
-            attended = attend_absorbed(query, latent, is_visible, self._rank, self._softmax_scale)
+            is_hidden = position >= attention.seq_lens[:rows].unsqueeze(1)
+            attended = attend_absorbed(query, latent, is_hidden, self._rank, self._softmax_scale)
         else:
             slots = self.indexer.select_decode_slots(index_query, kv.index_k, attention)
-            attended = attend_sparse(query, kv.latent, slots, self._rank, self._softmax_scale)
+            is_full = attention.min_decode_seq_len >= self.indexer.topk
+            attended = attend_sparse(query, kv.latent, slots, self._rank, self._softmax_scale, is_full=is_full)
         return self._unabsorb(attended)
 
     def _prefill(

@@ -1,75 +1,160 @@
 """DeepSeek-V3.2: embed -> decoder layers -> norm -> head. Module attributes carry the checkpoint's names.
 
-The forward pass takes a packed batch and the cache; it knows nothing of requests, sampling or scheduling. Invariant:
-nothing here keeps state between steps except the cache it is handed.
+The forward pass takes a packed batch and the cache; it knows nothing of requests, sampling or scheduling. What ranks
+share is in collaborators that are chosen when the model is built (``tp_comm.py``, ``ep_dispatch.py``); on one rank they
+are null twins. Invariant: nothing here keeps state between steps except the cache it is handed.
 
-Shape letters: T tokens, D hidden.
+Shape letters: T tokens of the batch, t tokens of this rank's slice (T on one rank), D hidden, N rows to sample.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from argosy.cache.mla_kv_cache import LayerKV, MLAKVCache
-from argosy.distributed.ep_dispatch import LocalDispatcher
-from argosy.layers.embedding import Embedding
+from argosy.config import EPPayload
+from argosy.distributed.communicator import Communicator
+from argosy.distributed.ep_arrange import sum_rows_in_torch
+from argosy.distributed.ep_dispatch import build_dispatcher
+from argosy.distributed.expert_load import ExpertLoad
+from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.tp_comm import build_token_slices, gather_vocabulary
+from argosy.kernels.select import select_expert_layout, select_sum_rows
+from argosy.layers.embedding import build_embedding
 from argosy.layers.forward_batch import ForwardBatch
-from argosy.layers.linear import Fp32Linear
+from argosy.layers.linear import VocabParallelHead
 from argosy.layers.mlp import GatedMLP
 from argosy.layers.norm import RMSNorm
+from argosy.models.deepseek.checkpoint import WeightShard
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.mla import MLAAttention
 from argosy.models.deepseek.moe_layer import MoELayer
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm attention, then pre-norm MLP or MoE, each added to the residual stream."""
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What every layer is built from."""
 
-    def __init__(self, config: ModelConfig, layer_id: int, dtype: torch.dtype) -> None:
+    config: ModelConfig
+    dtype: torch.dtype
+    mesh: ParallelMesh
+    ep_payload: EPPayload
+    expert_load: ExpertLoad
+
+
+class DenseMLP(GatedMLP):
+    """The checkpoint's ``mlp`` of a dense layer: its width is split, so all tokens meet on every rank of tp."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Communicator) -> None:
+        super().__init__(config.hidden_size, config.intermediate_size, dtype, tp.size)
+        self._slices = build_token_slices(tp)
+
+    def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """``hidden_states: [t, D]`` -> [t, D]."""
+        return self._slices.reduce_scatter(super().forward(self._slices.all_gather(hidden_states, batch.num_tokens)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention, then pre-norm MLP or MoE, each added to this rank's slice of the residual stream."""
+
+    def __init__(self, parts: ModelParts, layer_id: int) -> None:
         super().__init__()
+        config, dtype, tp = parts.config, parts.dtype, parts.mesh.tp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLAAttention(config, dtype)
+        self.self_attn = MLAAttention(config, dtype, tp.size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: nn.Module
         if config.is_moe_layer(layer_id):
-            self.mlp = MoELayer(config, LocalDispatcher(config.n_routed_experts), dtype)
+            self.mlp = _build_moe(parts, layer_id)
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype)
+            self.mlp = DenseMLP(config, dtype, tp.named(f"layer {layer_id} mlp"))
+        self._slices = build_token_slices(tp.named(f"layer {layer_id} attention"))
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
-        """``hidden_states: [T, D]`` -> [T, D]."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), batch, kv)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        """``hidden_states: [t, D]`` -> [t, D]."""
+        normed = self._slices.all_gather(self.input_layernorm(hidden_states), batch.num_tokens)
+        hidden_states = hidden_states + self._slices.reduce_scatter(self.self_attn(normed, batch, kv))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), batch)
+
+
+def _build_moe(parts: ModelParts, layer_id: int) -> MoELayer:
+    config, device_type = parts.config, torch.get_default_device().type
+    dispatcher = build_dispatcher(
+        parts.mesh.ep.named(f"layer {layer_id} experts"),
+        config.n_routed_experts,
+        payload=parts.ep_payload,
+        low_latency_layout=select_expert_layout(device_type),
+        sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
+    )
+    return MoELayer(
+        config,
+        dispatcher,
+        parts.dtype,
+        config.n_routed_experts // parts.mesh.ep.size,
+        parts.expert_load.layer(layer_id - config.first_k_dense_replace),
+    )
 
 
 class Backbone(nn.Module):
     """The checkpoint's ``model``."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, parts: ModelParts) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_hidden_layers))
+        config, tp = parts.config, parts.mesh.tp.named("embedding")
+        self.embed_tokens = build_embedding(
+            config.vocab_size, config.hidden_size, parts.dtype, tp_rank=tp.rank, tp_size=tp.size
+        )
+        self.layers = nn.ModuleList(DecoderLayer(parts, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._slices = build_token_slices(tp)
 
     def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
-        """The hidden states after the final norm: [T, D]."""
-        hidden_states = self.embed_tokens(batch.input_ids)
+        """This rank's slice of the hidden states after the final norm: [t, D]."""
+        hidden_states = self._slices.reduce_scatter(self.embed_tokens(batch.input_ids))
         for layer_id, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, batch, cache.layer(layer_id))
         return self.norm(hidden_states)
 
 
 class DeepseekV32Model(nn.Module):
-    """The whole model; its ``state_dict`` keys are the checkpoint's, but for stacked experts and gate_up_proj."""
+    """One rank's share of the whole model. ``state_dict`` keys are the checkpoint's, but for stacked experts and
+    gate_up_proj; what of each tensor is here says ``checkpoint.py``.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    Building it communicates nothing. ``mesh`` None: one rank holds everything.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        mesh: ParallelMesh | None = None,
+        *,
+        ep_payload: EPPayload = "model",
+    ) -> None:
         super().__init__()
-        self.model = Backbone(config, dtype)
-        self.lm_head = Fp32Linear(config.hidden_size, config.vocab_size, dtype)
+        mesh = mesh or ParallelMesh.local()
+        num_moe_layers = config.num_hidden_layers - config.first_k_dense_replace
+        self.expert_load = ExpertLoad(num_moe_layers, config.n_routed_experts // mesh.ep.size)
+        self._head_tp = mesh.tp.named("head")
+        self._slices = build_token_slices(self._head_tp)
+        self.model = Backbone(ModelParts(config, dtype, mesh, ep_payload, self.expert_load))
+        self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, dtype, mesh.tp.size)
 
     def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
-        """Hidden states after the final norm: [T, D]."""
+        """This rank's slice of the hidden states after the final norm: [t, D]. Collective, also without tokens."""
         return self.model(batch, cache)
 
+    def take_rows(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What ``forward`` returned -> the rows to sample, on every rank of tp: [N, D]. Collective over tp."""
+        return self._slices.take_rows(hidden_states, batch.logits_indices, batch.num_tokens)
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``hidden_states: [N, D]``, the rows to sample -> logits [N, vocab_size] float32."""
-        return self.lm_head(hidden_states)
+        """``hidden_states: [N, D]`` -> logits [N, vocab_size] float32, equal on all ranks of tp. Collective over tp."""
+        return gather_vocabulary(self.lm_head(hidden_states), self._head_tp)
+
+
+def weight_shard(config: ModelConfig, mesh: ParallelMesh) -> WeightShard:
+    """What of a checkpoint the rank of ``mesh`` holds."""
+    expert_ids = mesh.layout.local_expert_ids(mesh.coords.ep, config.n_routed_experts)
+    return WeightShard(tp_rank=mesh.coords.tp, tp_size=mesh.layout.tp_size, expert_ids=expert_ids)

@@ -1,0 +1,276 @@
+"""Collectives over one axis of the mesh: the only file that moves tensors between ranks.
+
+An axis of size 1 has no process group, and every method returns its input. It decides nothing about who computes what
+(``tp_comm.py``, ``ep_dispatch.py``) and makes no group (``mesh.py``). Every operation is recorded, watched and counted.
+Invariant: all ranks of ``ranks`` call the same operations in the same order, with shapes that fit.
+
+``bytes_sent`` counts what this rank sends to other ranks, by formula: n ranks, a tensor of B bytes that goes in.
+    all_reduce 2 B (n - 1) / n     all_gather B (n - 1)     reduce_scatter, all_to_all B (n - 1) / n
+    broadcast B (n - 1) at the source     all_to_all_v: the rows for other ranks
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from argosy.distributed.flight_recorder import CollectiveRecord, FlightRecorder
+from argosy.distributed.pending import Pending, Ready
+
+# gloo and HCCL refuse 8-bit floats; their bytes travel all the same.
+BYTE_SIZED_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Communicator:
+    """One axis. Build with ``ParallelMesh.build`` or ``Communicator.local``.
+
+    ``ranks`` are global ranks, ``rank`` is this process's position in them. ``host_group`` carries integers on the
+    host; on a CPU it is the group itself.
+    """
+
+    def __init__(
+        self,
+        axis: str,
+        ranks: tuple[int, ...],
+        rank: int,
+        *,
+        group: dist.ProcessGroup | None,
+        host_group: dist.ProcessGroup | None,
+        recorder: FlightRecorder,
+        is_host: bool = True,
+    ) -> None:
+        self.axis = axis
+        self.ranks = ranks
+        self.rank = rank
+        self.size = len(ranks)
+        self.label = ""
+        self.bytes_sent: dict[str, int] = {}
+        self._group = group
+        self._host_group = host_group
+        self._recorder = recorder
+        self._is_host = is_host  # the group ends its operations in wait(); a card's end later
+
+    @classmethod
+    def local(cls, axis: str) -> "Communicator":
+        """The null twin: one rank."""
+        return cls(axis, (0,), 0, group=None, host_group=None, recorder=FlightRecorder(capacity=1))
+
+    def named(self, label: str) -> "Communicator":
+        """The same axis, group and counters; ``label`` ("layer 3 attention") tells reports where a collective is."""
+        twin = copy.copy(self)
+        twin.label = label
+        return twin
+
+    def reset_counters(self) -> None:
+        """Of this axis, under all its names."""
+        self.bytes_sent.clear()
+
+    # --- equal shapes on all ranks ---------------------------------------------------------------------------------
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks. Works in place on a contiguous ``x``. Collective."""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        num_bytes = 2 * _num_bytes(x) * (self.size - 1) // self.size
+        launch = partial(dist.all_reduce, x, group=self._group, async_op=True)
+        return self._start("all_reduce", x, num_bytes, x, launch).wait()
+
+    def broadcast(self, x: torch.Tensor, src: int) -> torch.Tensor:
+        """``x`` of the rank at position ``src``, written into a contiguous ``x`` everywhere. Collective."""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        num_bytes = _num_bytes(x) * (self.size - 1) if self.rank == src else 0
+        launch = partial(dist.broadcast, x, group=self._group, group_src=src, async_op=True)
+        return self._start("broadcast", x, num_bytes, x, launch).wait()
+
+    def barrier(self) -> None:
+        """NOTE(sync): returns when every rank of the axis has come here, on the host. Collective."""
+        self.all_gather_ints((0,), op="barrier")
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``x: [n, ...]`` -> [size * n, ...], in rank order. Collective."""
+        return self.start_all_gather(x).wait()
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """``x: [size * n, ...]`` -> [n, ...]: this rank's part of the sum. Collective."""
+        return self.start_reduce_scatter(x).wait()
+
+    def start_all_gather(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+        """``all_gather``; ``x`` must not change before ``wait``."""
+        if self._group is None:
+            return Ready(x)
+        x = x.contiguous()
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        wire_out, wire_x = _as_wire(out), _as_wire(x)
+        launch = partial(dist.all_gather_into_tensor, wire_out, wire_x, group=self._group, async_op=True)
+        return self._start("all_gather", x, _num_bytes(x) * (self.size - 1), out, launch)
+
+    def start_reduce_scatter(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+        """``reduce_scatter``; ``x`` must not change before ``wait``."""
+        if self._group is None:
+            return Ready(x)
+        self._check_divides(x)
+        x = x.contiguous()
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        launch = partial(dist.reduce_scatter_tensor, out, x, group=self._group, async_op=True)
+        return self._start("reduce_scatter", x, _num_bytes(x) * (self.size - 1) // self.size, out, launch)
+
+    def start_all_to_all(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+        """``x: [size, n, ...]``, row r for rank r -> [size, n, ...], row r from rank r. Collective."""
+        if self._group is None:
+            return Ready(x)
+        self._check_divides(x)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        wire_out, wire_x = _as_wire(out), _as_wire(x)
+        launch = partial(dist.all_to_all_single, wire_out, wire_x, group=self._group, async_op=True)
+        return self._start("all_to_all", x, _num_bytes(x) * (self.size - 1) // self.size, out, launch)
+
+    # --- uneven along dim 0; zero rows are fine --------------------------------------------------------------------
+
+    def all_gather_v(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """``x: [counts[rank], ...]`` -> [sum(counts), ...]. Pads to the largest count on the wire. Collective."""
+        if self._group is None:
+            return x
+        assert x.shape[0] == counts[self.rank], f"{x.shape[0]} rows, counts {list(counts)}, rank {self.rank}"
+        most = max(counts)
+        if most == 0:
+            return x
+        if x.shape[0] < most:
+            padded = x.new_empty(most, *x.shape[1:])
+            padded[: x.shape[0]] = x
+            x = padded
+        gathered = self.all_gather(x)
+        if _is_front_packed(counts):
+            return gathered[: sum(counts)]
+        return torch.cat([gathered[i * most : i * most + count] for i, count in enumerate(counts)])
+
+    def reduce_scatter_v(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """``x: [sum(counts), ...]`` -> [counts[rank], ...]. Pads to the largest count on the wire. Collective."""
+        if self._group is None:
+            return x
+        assert x.shape[0] == sum(counts), f"{x.shape[0]} rows, counts {list(counts)}"
+        most = max(counts)
+        if most == 0:
+            return x
+        if x.shape[0] < self.size * most:
+            # Padding rows are summed with padding rows and cut off: their content does not matter.
+            padded = x.new_empty(self.size * most, *x.shape[1:])
+            if _is_front_packed(counts):
+                padded[: x.shape[0]] = x
+            else:
+                starts = itertools.accumulate(counts, initial=0)
+                for i, (count, start) in enumerate(zip(counts, starts, strict=False)):
+                    padded[i * most : i * most + count] = x[start : start + count]
+            x = padded
+        return self.reduce_scatter(x)[: counts[self.rank]]
+
+    def start_all_to_all_v(
+        self, x: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> Pending[torch.Tensor]:
+        """``x: [sum(send_counts), ...]``, rows by destination rank -> [sum(recv_counts), ...], by source rank.
+
+        Rank r's ``send_counts[s]`` must be rank s's ``recv_counts[r]``. ``x`` must not change before ``wait``.
+        Collective, also for a rank without rows.
+        """
+        if self._group is None:
+            return Ready(x)
+        assert x.shape[0] == sum(send_counts), f"{x.shape[0]} rows, send_counts {list(send_counts)}"
+        x = x.contiguous()
+        out = x.new_empty(sum(recv_counts), *x.shape[1:])
+        wire_out, wire_x = _as_wire(out), _as_wire(x)
+        num_bytes = (x.shape[0] - send_counts[self.rank]) * _row_bytes(x)
+        sends, recvs = list(send_counts), list(recv_counts)
+        launch = partial(dist.all_to_all_single, wire_out, wire_x, recvs, sends, group=self._group, async_op=True)
+        return self._start("all_to_all_v", x, num_bytes, out, launch)
+
+    # --- host integers ---------------------------------------------------------------------------------------------
+
+    def all_gather_ints(self, values: Sequence[int], *, op: str = "all_gather_ints") -> list[list[int]]:
+        """Every rank's ``values`` (equally many), in rank order. NOTE(sync): travels between hosts. Collective."""
+        if self._host_group is None:
+            return [list(values)]
+        x = torch.tensor([list(values)], dtype=torch.int64)
+        out = torch.empty(self.size, len(values), dtype=torch.int64)
+        launch = partial(dist.all_gather_into_tensor, out, x, group=self._host_group, async_op=True)
+        gathered: list[list[int]] = (
+            self._start(op, x, _num_bytes(x) * (self.size - 1), out, launch, is_host=True).wait().tolist()
+        )
+        return gathered
+
+    # --- the one path all operations take --------------------------------------------------------------------------
+
+    def _start(
+        self,
+        op: str,
+        x: torch.Tensor,
+        num_bytes: int,
+        out: torch.Tensor,
+        launch: Callable[[], dist.Work],
+        is_host: bool = False,
+    ) -> "_Flight":
+        self.bytes_sent[op] = self.bytes_sent.get(op, 0) + num_bytes
+        dtype = str(x.dtype).removeprefix("torch.")
+        record = self._recorder.start(self.axis, self.ranks, op, self.label, x.shape, dtype, num_bytes)
+        try:
+            work = launch()
+        except RuntimeError as error:
+            self._recorder.fail(record, error)
+        record.work = work
+        return _Flight(work, record, out, self._recorder, is_host or self._is_host)
+
+    def _check_divides(self, x: torch.Tensor) -> None:
+        assert x.shape[0] % self.size == 0, f"{x.shape[0]} rows for {self.size} ranks of axis {self.axis}"
+
+
+class _Flight:
+    """A collective of this module in flight. ``wait`` may be called once or more."""
+
+    __slots__ = ("_is_host", "_out", "_record", "_recorder", "_work")
+
+    def __init__(
+        self,
+        work: dist.Work,
+        record: CollectiveRecord,
+        out: torch.Tensor,
+        recorder: FlightRecorder,
+        is_host: bool,
+    ) -> None:
+        self._work = work
+        self._record = record
+        self._out = out
+        self._recorder = recorder
+        self._is_host = is_host
+
+    def wait(self) -> torch.Tensor:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._recorder.fail(self._record, error)
+        if self._is_host and self._record.finished_s is None:
+            self._record.finish()
+        return self._out
+
+
+def _as_wire(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8) if x.dtype in BYTE_SIZED_FLOATS else x
+
+
+def _num_bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _row_bytes(x: torch.Tensor) -> int:
+    return x.shape[1:].numel() * x.element_size()
+
+
+def _is_front_packed(counts: Sequence[int]) -> bool:
+    """Full parts, then at most one partial, then empty ones: padding then sits at the very end."""
+    most = max(counts)
+    num_full = next((i for i, count in enumerate(counts) if count < most), len(counts))
+    return not any(counts[num_full + 1 :])

@@ -1,0 +1,52 @@
+"""``LocalDispatcher``: all experts are on this rank, so dispatch sorts and combine unsorts.
+
+Nothing travels. Invariant: every shape depends on T and K alone; no count is read on the host.
+
+Shape letters: T tokens, D hidden, K experts per token, M routed rows (T * K), e local experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN, DispatchedTokens, DispatchHandle, ExchangePlan
+from argosy.distributed.pending import Pending, Ready
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """Undoes the sort."""
+
+    routed_to_sorted: torch.Tensor  # [T * K] int64: token * K + k -> row of the dispatched tokens
+    topk_weights: torch.Tensor  # [T, K] float32
+
+    def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
+        num_tokens, num_experts_per_tok = self.topk_weights.shape
+        routed = expert_out.index_select(0, self.routed_to_sorted).view(
+            num_tokens, num_experts_per_tok, expert_out.shape[1]
+        )
+        return Ready(torch.bmm(self.topk_weights.unsqueeze(1), routed.float()).squeeze(1))
+
+
+class LocalDispatcher:
+    """An id of -1 is computed by expert 0 with weight 0, which keeps shapes fixed."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+
+    def start_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        plan: ExchangePlan = SINGLE_RANK_PLAN,
+    ) -> Pending[DispatchedTokens]:
+        is_none = topk_ids < 0
+        sorted_ids, order = topk_ids.masked_fill(is_none, 0).flatten().sort(stable=True)
+        experts = torch.arange(self._num_experts + 1, dtype=sorted_ids.dtype, device=x.device)
+        counts = torch.searchsorted(sorted_ids, experts).diff().to(torch.int32)
+        handle = LocalHandle(order.argsort(), topk_weights.masked_fill(is_none, 0.0))
+        return Ready(DispatchedTokens(x.index_select(0, order // topk_ids.shape[1]), counts, handle))
+
+    def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
+        return handle.start_combine(expert_out)

@@ -1,0 +1,52 @@
+"""``TorchRowOps``: packing, routing and arranging rows in plain torch.
+
+It is the specification of ``argosy.kernels.triton.row_ops``, and what runs where there is no such kernel. Nothing is
+sent here. Invariant: what it returns equals the fused kernels' bit by bit, sums within float32's rounding.
+
+Shape letters: T tokens, K experts per token, G ranks of the ep axis, C rows of a part, N rows, D hidden, W words.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from argosy.distributed.ep_arrange import padded_rows, sorted_rows
+from argosy.distributed.ep_message import pad_rows
+from argosy.distributed.ep_types import ArrangedRows, PackedTokens, ReceivedRows
+
+
+class TorchRowOps:
+    """See ``RowOps``."""
+
+    def pack_rows(self, tokens: PackedTokens, num_rows: int) -> torch.Tensor:
+        return pad_rows(tokens, num_rows)
+
+    def count_routes(
+        self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, num_ranks: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks = torch.arange(num_ranks, dtype=torch.int32, device=topk_ids.device).view(num_ranks, 1, 1)
+        num_entries = (expert_owner[topk_ids] == ranks).sum(dim=2, dtype=torch.int32)  # [G, T]
+        is_sent = num_entries > 0
+        counts = torch.stack((is_sent, num_entries), dim=1).sum(dim=2, dtype=torch.int32)  # [G, 2]
+        places = torch.where(is_sent, is_sent.cumsum(dim=1, dtype=torch.int32) - 1, -1)
+        return counts, places.t()
+
+    def pack_routes(
+        self, tokens: PackedTokens, counts: torch.Tensor, places: torch.Tensor, num_rows: Callable[[], int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        is_sent = places >= 0  # [T, G]
+        token_ids = torch.nonzero_static(is_sent.t(), size=num_rows())[:, 1]  # [N], by rank, then by token
+        num_rows_by_rank = counts[:, 0]
+        first_rows = num_rows_by_rank.cumsum(0) - num_rows_by_rank  # [G] int64
+        return tokens.rows.index_select(0, token_ids), torch.where(is_sent, places + first_rows, -1)
+
+    def arrange_rows(
+        self, received: ReceivedRows, expert_map: torch.Tensor, num_local_experts: int, *, is_padded: bool
+    ) -> ArrangedRows:
+        local_ids = expert_map[received.topk_ids]
+        if is_padded:
+            return padded_rows(received.x, local_ids, num_local_experts)
+        return sorted_rows(received.x, local_ids, num_local_experts, received.num_local_entries)
+
+    def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return parts[:, :num_rows].sum(dim=0, dtype=torch.float32)

@@ -1,0 +1,165 @@
+"""What one rank sets up: its share of the model, its cache, its runner, and the scheduler where it leads.
+
+A single process is a world of one rank and takes the same way. Nothing here runs in a step, and nothing here waits for
+other ranks. Invariant: what two ranks of a replica set up from equal settings behaves equally.
+"""
+
+import secrets
+from pathlib import Path
+
+import torch
+
+from argosy.cache.block_manager import BlockManager
+from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
+from argosy.cache.rope import RotarySettings, build_rotary_table
+from argosy.config import DTypeName, EngineConfig, EPPayload
+from argosy.distributed.mesh import ParallelMesh
+from argosy.engine.scheduler import Scheduler
+from argosy.models.deepseek.checkpoint import build_weight_mapping
+from argosy.models.deepseek.config import ModelConfig
+from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
+from argosy.platforms import Platform
+from argosy.quantization.weight_loader import ProgressCallback, load_weights
+from argosy.runner.model_runner import ModelRunner
+from argosy.runner.row_table import RowTable
+from argosy.runner.sampler import Sampler
+
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_NAMES: dict[torch.dtype, DTypeName] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_CPU_CACHE_BYTES = 2**30  # the most that is taken unasked by a rank on a CPU
+_WORKSPACE_BYTES = 2**30  # left free on an accelerator for activations
+
+
+def load_model(
+    directory: Path,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: ParallelMesh,
+    ep_payload: EPPayload,
+    on_progress: ProgressCallback | None = None,
+) -> DeepseekV32Model:
+    """This rank's share, filled."""
+    with torch.device(device):
+        model = DeepseekV32Model(model_config, dtype, mesh, ep_payload=ep_payload)
+    mapping = build_weight_mapping(
+        model_config.num_hidden_layers, model_config.num_nextn_predict_layers, weight_shard(model_config, mesh)
+    )
+    load_weights(model, directory, mapping=mapping, block_size=model_config.weight_block_size, on_progress=on_progress)
+    return model.eval()
+
+
+def measure_num_blocks(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform, num_local_ranks: int
+) -> int:
+    """Blocks of this rank's cache, the null block included: what was asked for, else what fits and can be used."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    block_bytes = kv_bytes_per_block(
+        num_layers=model_config.num_hidden_layers,
+        block_size=config.block_size,
+        latent_dim=model_config.latent_dim,
+        index_head_dim=model_config.index_head_dim,
+        dtype=dtype,
+    )
+    cache_bytes = config.kv_cache_memory_bytes
+    if cache_bytes is None:
+        most_useful = config.max_num_seqs * _blocks_per_request(config) + 1
+        cache_bytes = min(_free_cache_bytes(config, platform, num_local_ranks), most_useful * block_bytes)
+    return max(cache_bytes, 0) // block_bytes
+
+
+def check_num_blocks(config: EngineConfig, num_blocks: int) -> None:
+    """Raises ValueError if a cache of ``num_blocks``, with the null block, cannot hold one request."""
+    num_usable_tokens = max(num_blocks - 1, 0) * config.block_size
+    if num_blocks - 1 < _blocks_per_request(config):
+        shorter = f"lower --max-model-len to {num_usable_tokens} or less, or " if num_usable_tokens >= 2 else ""
+        raise ValueError(
+            f"the cache of {max(num_blocks - 1, 0)} blocks x {config.block_size} tokens cannot hold one request of "
+            f"max_model_len ({config.max_model_len}) tokens, which takes {_blocks_per_request(config)} blocks and the "
+            f"null block; {shorter}raise --num-blocks or --kv-cache-memory-bytes"
+        )
+
+
+def build_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    model: DeepseekV32Model,
+    num_valid_tokens: int,
+    device: torch.device,
+) -> ModelRunner:
+    """``config``: with ``max_model_len``, ``num_blocks`` and ``dtype`` filled in."""
+    assert config.num_blocks is not None and config.max_model_len is not None
+    cache = MLAKVCache(
+        num_layers=model_config.num_hidden_layers,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        latent_dim=model_config.latent_dim,
+        index_head_dim=model_config.index_head_dim,
+        dtype=DTYPES[config.dtype],
+        device=device,
+    )
+    row_table = RowTable(
+        max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, block_size=config.block_size
+    )
+    sampler = Sampler(
+        vocab_size=model_config.vocab_size,
+        num_valid_tokens=num_valid_tokens,
+        max_num_seqs=config.max_num_seqs,
+        device=device,
+        engine_seed=config.seed,
+    )
+    return ModelRunner(
+        model=model,
+        cache=cache,
+        rotary=build_rotary_table(rotary_settings(model_config), device),
+        sampler=sampler,
+        row_table=row_table,
+        eos_token_ids=model_config.eos_token_ids,
+        device=device,
+    )
+
+
+def build_scheduler(config: EngineConfig) -> Scheduler:
+    """``config``: with ``max_model_len`` and ``num_blocks`` filled in."""
+    assert config.num_blocks is not None and config.max_model_len is not None
+    block_manager = BlockManager(
+        config.num_blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        # Secret, so that nobody can craft a prompt whose hash collides with another user's.
+        hash_key=secrets.token_bytes(32),
+    )
+    return Scheduler(
+        block_manager,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+    )
+
+
+def rotary_settings(model_config: ModelConfig) -> RotarySettings:
+    yarn = model_config.yarn
+    return RotarySettings(
+        rotary_dim=model_config.qk_rope_head_dim,
+        max_positions=model_config.max_position_embeddings,
+        theta=model_config.rope_theta,
+        factor=yarn.factor,
+        original_max_positions=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+    )
+
+
+def _blocks_per_request(config: EngineConfig) -> int:
+    assert config.max_model_len is not None
+    return -(-config.max_model_len // config.block_size)
+
+
+def _free_cache_bytes(config: EngineConfig, platform: Platform, num_local_ranks: int) -> int:
+    """Memory that the cache may take unasked, after the weights are loaded."""
+    memory = platform.memory_info()
+    if platform.device_type == "cpu":
+        return min(_CPU_CACHE_BYTES, memory.free_bytes // 2 // num_local_ranks)
+    kept_bytes = int((1.0 - config.device_memory_utilization) * memory.total_bytes)
+    return memory.free_bytes - kept_bytes - _WORKSPACE_BYTES

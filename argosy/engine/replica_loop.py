@@ -1,0 +1,168 @@
+"""The step loop of a replica's leader: commands in, schedule, agree, execute, report; and its sleep.
+
+A step has two halves, ``propose`` and ``carry_out``, with the agreement of all leaders between them. Sockets, tensors
+and the other ranks are behind ``StepExecutor`` and ``report``, so a test can run many leaders in one thread.
+Invariant: a leader sleeps only after an agreement that nobody has work, so all leaders sleep before the same step; and
+only ``Wake``, which all of them get, ends the sleep. No leader can wait alone in a collective.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from argosy.distributed.dp_coord import ExchangePolicy, StepAgreement, StepProposal
+from argosy.engine.replica_messages import (
+    AbortRequest,
+    AddRequest,
+    CollectStats,
+    Command,
+    FinishRequest,
+    Idle,
+    RankStats,
+    ReplicaStats,
+    Report,
+    Shutdown,
+    StepDeltas,
+    UpdateSettings,
+    Wake,
+)
+from argosy.engine.request import Request
+from argosy.engine.scheduler import Scheduler
+from argosy.messages import ScheduledBatch, StepOutput, TokenDelta
+
+
+class StepExecutor(Protocol):
+    """All ranks of the replica."""
+
+    def execute(self, batch: ScheduledBatch, agreement: StepAgreement) -> StepOutput: ...
+
+    def execute_dummy(self, agreement: StepAgreement) -> None: ...
+
+    def collect_stats(self) -> list[RankStats]: ...
+
+    def shut_down(self) -> None: ...
+
+
+class Coordinator(Protocol):
+    """Of ``DPCoordinator``, what statistics read."""
+
+    @property
+    def num_agreements(self) -> int: ...
+
+    @property
+    def coordination_s(self) -> float: ...
+
+
+class ReplicaLoop:
+    """One leader. ``report`` takes what the driver must hear; it sleeps before step 0 when it is made."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: StepExecutor,
+        *,
+        policy: ExchangePolicy,
+        eos_token_ids: tuple[int, ...],
+        coordinator: Coordinator,
+        report: Callable[[Report], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.policy = policy
+        self.step = 0
+        self.is_asleep = True
+        self.is_stopped = False
+        self.num_dummy_steps = 0
+        self._executor = executor
+        self._eos_token_ids = eos_token_ids
+        self._coordinator = coordinator
+        self._report = report
+        self._batch: ScheduledBatch | None = None  # proposed, not carried out yet
+
+    def receive(self, command: Command) -> None:
+        """Between steps, in the order of arrival.
+
+        Raises:
+            RuntimeError: woken for another step than the one this leader sleeps before.
+        """
+        match command:
+            case AddRequest():
+                self.scheduler.add(build_request(command, self._eos_token_ids))
+            case AbortRequest(request_id):
+                self.scheduler.abort(request_id)
+            case FinishRequest(request_id, reason):
+                self.scheduler.finish_request(request_id, reason)
+            case Wake(step):
+                self._wake(step)
+            case UpdateSettings():
+                self._update_settings(command)
+            case CollectStats():
+                self._report(self._collect_stats())
+            case Shutdown():
+                self._executor.shut_down()
+                self.is_stopped = True
+
+    def propose(self) -> StepProposal:
+        """Schedule the next step. ``carry_out`` must follow before any command."""
+        assert not self.is_asleep and self._batch is None
+        self._batch = self.scheduler.schedule()
+        return StepProposal(self.step, self._batch.num_tokens)
+
+    def carry_out(self, agreement: StepAgreement) -> None:
+        """Execute the step that all leaders agreed on, or fall asleep."""
+        assert self._batch is not None and agreement.step == self.step
+        batch, self._batch = self._batch, None
+        self.step += 1
+        if batch.is_empty:
+            deltas = self.scheduler.drain()
+            if agreement.has_work:
+                self._executor.execute_dummy(agreement)
+                self.num_dummy_steps += 1
+        else:
+            deltas = self.scheduler.update(batch, self._executor.execute(batch, agreement))
+        self._report_deltas(deltas)
+        if not agreement.has_work:
+            self.is_asleep = True
+            self._report(Idle(self.step))
+
+    def _report_deltas(self, deltas: list[TokenDelta]) -> None:
+        if deltas:
+            self._report(StepDeltas(deltas))
+
+    def _wake(self, step: int) -> None:
+        if not self.is_asleep or step != self.step:
+            state = f"sleeps before step {self.step}" if self.is_asleep else f"is awake at step {self.step}"
+            raise RuntimeError(f"woken for step {step}, but this leader {state}; this is a bug, restart the engine")
+        self.is_asleep = False
+
+    def _update_settings(self, settings: UpdateSettings) -> None:
+        assert self.is_asleep, "settings may change only while all leaders sleep, or they would agree on two policies"
+        if settings.max_num_batched_tokens is not None:
+            self.scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
+        ll_max = settings.ll_max_tokens_per_rank
+        self.policy = ExchangePolicy(
+            ep_mode=settings.ep_mode or self.policy.ep_mode,
+            ll_max_tokens_per_rank=self.policy.ll_max_tokens_per_rank if ll_max is None else ll_max,
+            ranks_per_replica=self.policy.ranks_per_replica,
+        )
+
+    def _collect_stats(self) -> ReplicaStats:
+        return ReplicaStats(
+            num_steps=self.scheduler.num_steps,
+            num_dummy_steps=self.num_dummy_steps,
+            num_scheduled_tokens=self.scheduler.num_scheduled_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_agreements=self._coordinator.num_agreements,
+            coordination_s=self._coordinator.coordination_s,
+            ranks=self._executor.collect_stats(),
+        )
+
+
+def build_request(command: AddRequest, eos_token_ids: tuple[int, ...]) -> Request:
+    """The scheduler's form of a request."""
+    return Request(
+        command.request_id,
+        command.prompt_token_ids,
+        command.sampling_params,
+        eos_token_ids,
+        priority=command.priority,
+        cache_salt=command.cache_salt,
+    )

@@ -1,0 +1,121 @@
+"""What the driver, the leaders and the other ranks of a replica say to one another: tagged msgspec structs.
+
+The *driver* is the process that holds ``LLM``; a *leader* is the first rank of a replica, which schedules; the other
+ranks follow its plans. This file sends nothing. Invariant: every message names its type on the wire, so a process never
+guesses what it received, and nothing is ever unpickled.
+"""
+
+import msgspec
+
+from argosy.config import EPMode
+from argosy.distributed.dp_coord import StepAgreement
+from argosy.messages import FinishReason, ScheduledBatch, TokenDelta
+from argosy.sampling_params import SamplingParams
+
+# --- driver -> leader -------------------------------------------------------------------------------------------------
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """A request to compute; the driver has checked that it can be."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    priority: int = 0  # lower runs first
+    cache_salt: str | None = None  # requests with different salts share no cache blocks
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class FinishRequest(msgspec.Struct, frozen=True, tag=True):
+    """The driver found the end in the text and has reported it."""
+
+    request_id: str
+    reason: FinishReason
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Every leader has said that it sleeps before ``step``: go on from there, all of you."""
+
+    step: int
+
+
+class UpdateSettings(msgspec.Struct, frozen=True, tag=True):
+    """New values between requests; None leaves one as it is. Sent to sleeping leaders only, and to all of them."""
+
+    ep_mode: EPMode | None = None
+    ll_max_tokens_per_rank: int | None = None
+    max_num_batched_tokens: int | None = None
+
+
+class CollectStats(msgspec.Struct, frozen=True, tag=True):
+    """Asks for ``ReplicaStats``; a leader passes it on to its ranks, which answer with ``RankStats``."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End in good order; a leader passes it on. Sent to sleeping leaders only: nobody waits in a collective then."""
+
+
+# --- leader -> driver -------------------------------------------------------------------------------------------------
+
+
+class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
+    """The replica is set up and sleeps before step 0."""
+
+    num_blocks: int  # of the cache: the smallest of all ranks
+    dtype: str
+    device_name: str
+
+
+class StepDeltas(msgspec.Struct, frozen=True, tag=True):
+    """New tokens, at most one delta a request."""
+
+    deltas: list[TokenDelta]
+
+
+class Idle(msgspec.Struct, frozen=True, tag=True):
+    """No replica had work: this leader sleeps before ``step`` until it is woken."""
+
+    step: int
+
+
+class RankStats(msgspec.Struct, frozen=True, tag=True):
+    """What one rank counted since it started."""
+
+    rank: int
+    bytes_sent: dict[str, dict[str, int]]  # axis -> operation -> bytes that this rank sent to others
+    tokens_per_expert: list[list[int]] = []  # by MoE layer, of this rank's experts in order
+
+
+class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
+    """What one replica counted since it started."""
+
+    num_steps: int  # with work of its own
+    num_dummy_steps: int  # taken for the sake of the other replicas
+    num_scheduled_tokens: int
+    num_preemptions: int
+    num_agreements: int
+    coordination_s: float  # spent agreeing, which includes waiting for slower replicas
+    ranks: list[RankStats]
+
+
+# --- leader -> the other ranks of its replica -------------------------------------------------------------------------
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag=True):
+    """One step to execute; no batch means a dummy batch."""
+
+    agreement: StepAgreement
+    batch: ScheduledBatch | None = None
+
+
+class RankHello(msgspec.Struct, frozen=True, tag=True):
+    """A process has connected and listens."""
+
+
+Command = AddRequest | AbortRequest | FinishRequest | Wake | UpdateSettings | CollectStats | Shutdown
+Report = ReplicaReady | StepDeltas | Idle | ReplicaStats
+PlanMessage = StepPlan | CollectStats | Shutdown
+FollowerReport = RankHello | RankStats

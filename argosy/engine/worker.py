@@ -1,0 +1,161 @@
+"""What one rank's process does: meet the others, load its share of the model, then lead a replica or follow its leader.
+
+The launcher starts it and watches over it (``distributed/launcher.py``); steps are ``replica_loop.py`` and
+``replica_ranks.py``. Invariant: every rank passes the same named phases in the same order, each with a deadline, so a
+rank that is missing is named within it.
+"""
+
+import dataclasses
+import os
+
+import msgspec
+import torch
+
+from argosy.config import EngineConfig
+from argosy.distributed.dp_coord import DPCoordinator, ExchangePolicy
+from argosy.distributed.ep_self_test import check_experts
+from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.rank_process import RankContext
+from argosy.distributed.self_test import run_self_test
+from argosy.engine.build import resolve_model_directory
+from argosy.engine.build_rank import (
+    DTYPES,
+    build_runner,
+    build_scheduler,
+    check_num_blocks,
+    load_model,
+    measure_num_blocks,
+)
+from argosy.engine.meeting_points import PlanHub, PlanSpoke, connect_to_driver, connect_to_leader, open_plan_hub
+from argosy.engine.replica_loop import ReplicaLoop
+from argosy.engine.replica_messages import RankHello, RankStats, ReplicaReady
+from argosy.engine.replica_ranks import ReplicaRanks, follow_leader
+from argosy.models.deepseek.config import ModelConfig, load_model_config
+from argosy.models.deepseek.model import DeepseekV32Model
+from argosy.platforms import Platform, select_platform
+from argosy.runner.model_runner import ModelRunner
+
+
+class RankSettings(msgspec.Struct, frozen=True):
+    """What the launching process tells its ranks."""
+
+    config: EngineConfig  # with max_model_len and dtype filled in
+    num_valid_tokens: int  # entries of the tokenizer
+    fingerprints: dict[str, str]  # of this node
+    num_local_ranks: int
+    is_one_node: bool
+
+
+def run_worker(context: RankContext) -> None:
+    """The entry of every rank; returns when the engine is shut down."""
+    settings = msgspec.msgpack.decode(context.payload, type=RankSettings)
+    worker = RankWorker(context, settings)
+    runner = worker.set_up()
+    if context.layout.is_leader(context.rank):
+        worker.lead(runner)
+    else:
+        worker.follow(runner)
+
+
+class RankWorker:
+    """One rank between its start and its end."""
+
+    def __init__(self, context: RankContext, settings: RankSettings) -> None:
+        self._context = context
+        self._settings = settings
+        self._config = settings.config
+        self._mesh = ParallelMesh.local()
+        self._dp_rank = context.layout.coords(context.rank).dp
+
+    def set_up(self) -> ModelRunner:
+        """Every phase from the comparison of settings to an empty cache. Collective over world.
+
+        Raises:
+            ValueError: what the user gave cannot work, or differs between nodes.
+            RuntimeError: a rank, a file or a device failed.
+        """
+        config, phases, local_rank = self._config, self._context.phases, self._context.local_rank
+        torch.set_num_threads(config.num_threads or max(1, num_usable_cores() // self._settings.num_local_ranks))
+        platform = select_platform(config.device)
+        platform.make_current(local_rank)
+        device = platform.device(local_rank)
+        directory = resolve_model_directory(config.model)
+        model_config = load_model_config(directory)
+        with phases.run("fingerprints"):
+            phases.compare_fingerprints(self._settings.fingerprints)
+        with phases.run("groups"):
+            self._mesh = self._context.build_mesh(platform)
+        with phases.run("self-test"):
+            run_self_test(self._mesh, device, moe_check=lambda: check_experts(self._mesh.ep, device))
+        with phases.run("weights", deadline_s=config.weights_timeout_s):
+            dtype = DTYPES[config.dtype]
+            model = load_model(directory, model_config, dtype, device, self._mesh, config.ep_payload)
+        with phases.run("cache"):
+            self._config = dataclasses.replace(config, num_blocks=self._agree_on_num_blocks(model_config, platform))
+            runner = build_runner(self._config, model_config, model, self._settings.num_valid_tokens, device)
+        self._device_name = platform.device_name()
+        return runner
+
+    def lead(self, runner: ModelRunner) -> None:
+        """The loop of a replica's first rank."""
+        layout, rank = self._context.layout, self._context.rank
+        followers = tuple(each for each in layout.group_of("replica", rank) if each != rank)
+        hub: PlanHub = open_plan_hub(self._context.store, self._dp_rank, is_one_node=self._settings.is_one_node)
+        hub.receive_from(followers, self._config.startup_timeout_s)
+        driver = connect_to_driver(self._context.store, self._dp_rank, self._config.startup_timeout_s)
+        coordinator = DPCoordinator(self._mesh.leaders.named("agreement on a step"))
+        loop = ReplicaLoop(
+            build_scheduler(self._config),
+            ReplicaRanks(runner, hub, followers, lambda: self._count_stats(runner.model)),
+            policy=build_policy(self._config),
+            eos_token_ids=load_model_config(resolve_model_directory(self._config.model)).eos_token_ids,
+            coordinator=coordinator,
+            report=driver.send,
+        )
+        assert self._config.num_blocks is not None
+        driver.send(ReplicaReady(self._config.num_blocks, self._config.dtype, self._device_name))
+        while not loop.is_stopped:
+            for command in driver.receive(waits=loop.is_asleep):
+                loop.receive(command)
+            if not loop.is_asleep:
+                loop.carry_out(coordinator.agree(loop.propose(), loop.policy))
+        hub.close()
+        driver.close()
+
+    def follow(self, runner: ModelRunner) -> None:
+        """The loop of a rank that does not lead."""
+        spoke: PlanSpoke = connect_to_leader(
+            self._context.store, self._dp_rank, self._context.rank, self._config.startup_timeout_s
+        )
+        spoke.send(RankHello())
+        follow_leader(spoke, runner, lambda: self._count_stats(runner.model))
+        spoke.close()
+
+    def _agree_on_num_blocks(self, model_config: ModelConfig, platform: Platform) -> int:
+        """The smallest cache of all ranks: replicas must be alike, and the ranks of one share a block table."""
+        config = self._config
+        mine = measure_num_blocks(config, model_config, DTYPES[config.dtype], platform, self._settings.num_local_ranks)
+        num_blocks = min(int(text) for text in self._context.phases.gather("num_blocks", str(mine)))
+        check_num_blocks(config, num_blocks)
+        return num_blocks
+
+    def _count_stats(self, model: DeepseekV32Model) -> RankStats:
+        mesh = self._mesh
+        communicators = (mesh.world, mesh.tp, mesh.ep, mesh.leaders)
+        return RankStats(
+            rank=self._context.rank,
+            bytes_sent={each.axis: dict(each.bytes_sent) for each in communicators},
+            tokens_per_expert=model.expert_load.local_counts(),
+        )
+
+
+def num_usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def build_policy(config: EngineConfig) -> ExchangePolicy:
+    return ExchangePolicy(
+        ep_mode=config.ep_mode,
+        ll_max_tokens_per_rank=config.ll_max_tokens_per_rank,
+        ranks_per_replica=config.world_size // config.dp_size,
+    )

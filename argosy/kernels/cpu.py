@@ -1,0 +1,90 @@
+"""Operations that a CPU does faster in another form than ``reference.py``'s.
+
+A decode step of a small model is hundreds of calls on a few kilobytes each, so a call's fixed cost is what counts:
+arithmetic on integers goes through numpy, whose calls cost a fifth of torch's and whose sort uses vector instructions.
+Invariant: each function is the fast twin of the one of the same name in ``reference.py``; tests hold them equal.
+
+Shape letters: see ``reference.py``; e experts, M sorted rows.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from argosy.kernels.reference import silu_mul
+
+# Below these, grouped_mlp pads: rows in all, and padded rows per row.
+_MAX_PADDED_ROWS = 1024
+_MAX_PADDING = 3
+_NEVER = np.iinfo(np.int64).min  # a key below every score's
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(n * eps), over sqrt(n): four calls instead of eight."""
+    size = x.shape[-1]
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.hypot(length, torch.scalar_tensor(math.sqrt(size * eps))).mul_(size**-0.5)
+    return (x / scale).mul_(weight).to(x.dtype)
+
+
+def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """A full sort of the same packed keys: for these sizes faster than a partial one."""
+    num_keys = scores.shape[1]
+    position = np.arange(num_keys)
+    bits = (scores.numpy() + 0.0).view(np.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the float's value
+    keys = np.left_shift(ordered, 32, dtype=np.int64) | (0x7FFFFFFF - position)
+    keys[position >= num_visible.numpy()[:, None]] = _NEVER
+    keys.sort(axis=1)
+    best = keys[:, : -topk - 1 : -1]  # from the highest down
+    chosen = np.full((scores.shape[0], topk), -1, dtype=np.int32)
+    chosen[:, : best.shape[1]] = np.where(best == _NEVER, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+    return torch.from_numpy(chosen)
+
+
+def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:
+    known, blocks = positions.numpy(), block_table.numpy()
+    row = np.arange(blocks.shape[0])[:, None]  # one row serves all positions
+    # A position of -1 reads the last block of its row, and is put right after.
+    slots = blocks[row, known // block_size] * np.int64(block_size) + known % block_size
+    slots[known < 0] = -1
+    return torch.from_numpy(slots)
+
+
+def grouped_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, num_tokens_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Few rows are padded to the busiest expert's count: one batched product then costs less than one per expert."""
+    counts = num_tokens_per_expert.numpy()
+    busiest = int(counts.max(initial=0))
+    if 0 < x.shape[0] <= _MAX_PADDED_ROWS and len(counts) * busiest <= _MAX_PADDING * x.shape[0]:
+        return _padded_mlp(x, gate_up_proj, down_proj, counts, busiest)
+    return _mlp_of_busy_experts(x, gate_up_proj, down_proj, counts)
+
+
+def _padded_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, counts: np.ndarray, busiest: int
+) -> torch.Tensor:
+    num_experts, hidden_size = len(counts), x.shape[1]
+    # Row r of expert i goes to place i * busiest + r: its number, plus the padding of the experts before it.
+    padding_before = np.arange(num_experts) * busiest - (counts.cumsum() - counts)
+    place = torch.from_numpy(np.arange(x.shape[0]) + padding_before.repeat(counts))
+    padded = x.new_zeros(num_experts * busiest, hidden_size).index_copy_(0, place, x)
+    gate_up = torch.bmm(padded.view(num_experts, busiest, hidden_size), gate_up_proj.transpose(1, 2))
+    out = torch.bmm(silu_mul(gate_up), down_proj.transpose(1, 2))
+    return out.view(num_experts * busiest, hidden_size).index_select(0, place)
+
+
+def _mlp_of_busy_experts(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, counts: np.ndarray
+) -> torch.Tensor:
+    """One expert after another, the idle ones left out: ``F.grouped_mm`` would visit them all."""
+    out = torch.empty_like(x)
+    end = 0
+    for expert in np.flatnonzero(counts).tolist():
+        start, end = end, end + int(counts[expert])
+        hidden = silu_mul(F.linear(x[start:end], gate_up_proj[expert]))
+        torch.mm(hidden, down_proj[expert].t(), out=out[start:end])
+    return out

@@ -1,0 +1,31 @@
+"""Which implementation of an operation a device gets, where its caller lives too low in the tree to import kernels.
+
+Most operations choose by their tensor's device; ``distributed`` does not know this package and is handed its kernels.
+Invariant: what is returned equals ``reference`` within float32's rounding.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+
+
+def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
+    """For ``build_dispatcher(..., sum_rows=...)``: the fused kernel on CUDA, ``reference`` elsewhere."""
+    if device_type != "cuda":
+        return reference
+    # Triton is installed with CUDA's torch only.
+    from argosy.kernels.triton.sum_rows import sum_rows
+
+    return sum_rows
+
+
+def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:
+    """For ``build_dispatcher(..., low_latency_layout=...)``: the form whose product skips what is nobody's.
+
+    ``grouped_mlp_masked`` stops at the busiest expert's count only on a CPU; CUDA's grouped product reads the counts of
+    sorted rows on the card.
+    """
+    return "sorted" if device_type == "cuda" else "padded"

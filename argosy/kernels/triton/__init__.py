@@ -1,0 +1,1 @@
+"""Fused kernels in Triton, for CUDA. Each has a slow twin in plain torch, to which it is tested equal."""

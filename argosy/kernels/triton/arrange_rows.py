@@ -1,0 +1,174 @@
+"""Received rows -> the experts' rows: a stable counting sort and the copy, in two kernels.
+
+Plain torch sorts, searches, inverts and gathers in a dozen; and a gather of fixed length also copies rows of experts
+that are elsewhere, which here nobody touches. Invariant: an expert's rows stand in the order of their entries, so the
+arrangement does not depend on the launch.
+
+Shape letters: N received rows, K experts per token, D hidden, E experts, e local experts, M sorted rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_SIZE = 2048
+NUM_WARPS = 4
+# Entries that one program of the count reads at once, and its warps: for a decode step, and for more.
+FEW_ENTRIES, FEW_WARPS = 1024, 4
+MANY_ENTRIES, MANY_WARPS = 8192, 32
+
+
+def arrange_sorted(
+    x: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int, num_rows: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``x: [N, D]``, ``topk_ids: [N, K]`` int32, ``expert_map: [E + 1]`` int32, e for what is elsewhere.
+
+    -> rows [num_rows, D] (N * K for None; those behind the last expert's are not written), counts [e] int32,
+    row_ids [N, K] int64, -1 for what is elsewhere.
+    """
+    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
+    rows = x.new_empty(topk_ids.numel() if num_rows is None else num_rows, x.shape[1])
+    return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+
+
+def arrange_padded(
+    x: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``arrange_sorted`` -> rows [e, N, D], padding 0, counts [e] int32, row_ids [N, K] int64 over e * N."""
+    counts, _, places = _count_entries(topk_ids, expert_map, num_local_experts)
+    capacity = x.shape[0]
+    starts = torch.arange(0, num_local_experts, dtype=torch.int32, device=x.device) * capacity
+    rows = x.new_zeros(num_local_experts, capacity, x.shape[1])
+    return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+
+
+def _count_entries(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> entries of each local expert [e], entries of those before it [e], an entry's place in its expert [N, K].
+
+    Places of entries that are elsewhere are not written.
+    """
+    num_entries = topk_ids.numel()
+    counts, starts = topk_ids.new_empty(2, num_local_experts).unbind(0)
+    places = topk_ids.new_empty(topk_ids.shape)
+    is_few = num_entries <= FEW_ENTRIES
+    _count_entries_kernel[(num_local_experts,)](
+        topk_ids,
+        expert_map,
+        counts,
+        starts,
+        places,
+        num_entries,
+        expert_map.shape[0] - 1,
+        topk_ids.stride(0),
+        topk_ids.stride(1),
+        NUM_IDS=topk_ids.shape[1],
+        BLOCK=FEW_ENTRIES if is_few else MANY_ENTRIES,
+        num_warps=FEW_WARPS if is_few else MANY_WARPS,
+    )
+    return counts, starts, places
+
+
+def _copy_rows(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    starts: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
+    num_local_experts: int,
+) -> torch.Tensor:
+    """Writes ``rows`` -> row_ids [N, K] int64."""
+    row_ids = topk_ids.new_empty(topk_ids.shape, dtype=torch.int64)
+    if topk_ids.shape[0] == 0:
+        return row_ids
+    num_blocks = triton.cdiv(x.shape[1], BLOCK_SIZE)
+    _copy_rows_kernel[(x.shape[0] * num_blocks,)](
+        x,
+        topk_ids,
+        expert_map,
+        starts,
+        places,
+        rows,
+        row_ids,
+        x.shape[1],
+        expert_map.shape[0] - 1,
+        num_local_experts,
+        x.stride(0),
+        topk_ids.stride(0),
+        topk_ids.stride(1),
+        NUM_IDS=topk_ids.shape[1],
+        NUM_BLOCKS=num_blocks,
+        BLOCK=BLOCK_SIZE,
+        num_warps=NUM_WARPS,
+    )
+    return row_ids
+
+
+@triton.jit(do_not_specialize=["num_entries"])
+def _count_entries_kernel(
+    topk_ids,
+    expert_map,
+    counts,
+    starts,
+    places,
+    num_entries,
+    num_experts,
+    id_stride,
+    id_column_stride,
+    NUM_IDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """One program a local expert, which reads all entries: so it also knows how many stand before its own."""
+    expert = tl.program_id(0)
+    num_mine = tl.zeros((), dtype=tl.int32)
+    num_before = tl.zeros((), dtype=tl.int32)
+    for start in range(0, num_entries, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        is_entry = entries < num_entries
+        rows = (entries // NUM_IDS).to(tl.int64)
+        ids = tl.load(topk_ids + rows * id_stride + (entries % NUM_IDS) * id_column_stride, mask=is_entry, other=-1)
+        local = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
+        is_mine = ((local == expert) & is_entry).to(tl.int32)
+        place = num_mine + tl.cumsum(is_mine, axis=0) - 1
+        tl.store(places + entries, place, mask=is_mine > 0)
+        num_mine += tl.sum(is_mine, axis=0)
+        num_before += tl.sum(((local < expert) & is_entry).to(tl.int32), axis=0)
+    tl.store(counts + expert, num_mine)
+    tl.store(starts + expert, num_before)
+
+
+@triton.jit
+def _copy_rows_kernel(
+    x,
+    topk_ids,
+    expert_map,
+    starts,
+    places,
+    rows,
+    row_ids,
+    hidden_size,
+    num_experts,
+    num_local_experts,
+    x_stride,
+    id_stride,
+    id_column_stride,
+    NUM_IDS: tl.constexpr,  # noqa: N803
+    NUM_BLOCKS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    source = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % NUM_BLOCKS
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < hidden_size
+    values = tl.load(x + source * x_stride + columns, mask=is_column, other=0.0)
+    for k in tl.static_range(NUM_IDS):
+        expert_id = tl.load(topk_ids + source * id_stride + k * id_column_stride)
+        local = tl.load(expert_map + tl.where(expert_id < 0, num_experts, expert_id))
+        is_local = local < num_local_experts
+        place = tl.load(places + source * NUM_IDS + k, mask=is_local, other=0)
+        start = tl.load(starts + local, mask=is_local, other=0)
+        row = tl.where(is_local, start.to(tl.int64) + place, -1)
+        tl.store(rows + row * hidden_size + columns, values, mask=is_column & is_local)
+        tl.store(row_ids + source * NUM_IDS + k, row, mask=block == 0)

@@ -1,0 +1,81 @@
+"""The weighted sum of chosen rows, in one pass: what combine does to the experts' output, and to what comes home.
+
+In plain torch this gathers, widens, masks and multiplies, five passes over N * S rows; here each row is read once.
+Invariant: summands are added in float32 in the order of ``row_ids``, so the result does not depend on the launch.
+
+Shape letters: R rows, D hidden, N lines, S summands of a line.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_SIZE = 1024
+NUM_WARPS = 4
+
+
+def sum_rows(
+    rows: torch.Tensor, row_ids: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """``rows: [R, D]``, ``row_ids: [N, S]`` int (-1 none), ``weights: [N, S]`` f32 or None for ones -> [N, D].
+
+    Rows that no id names are never read. ``row_ids`` and ``weights`` may be strided.
+    """
+    num_lines, num_summands = row_ids.shape
+    hidden_size = rows.shape[1]
+    out = rows.new_empty(num_lines, hidden_size, dtype=dtype)
+    if num_lines == 0:
+        return out
+    has_weights = weights is not None
+    factors = weights if weights is not None else row_ids  # never read without weights; a launch needs a pointer
+    num_blocks = triton.cdiv(hidden_size, BLOCK_SIZE)
+    _sum_rows_kernel[(num_lines * num_blocks,)](
+        rows,
+        row_ids,
+        factors,
+        out,
+        hidden_size,
+        rows.stride(0),
+        row_ids.stride(0),
+        row_ids.stride(1),
+        factors.stride(0),
+        factors.stride(1),
+        NUM_SUMMANDS=num_summands,
+        HAS_WEIGHTS=has_weights,
+        NUM_BLOCKS=num_blocks,
+        BLOCK=BLOCK_SIZE,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+@triton.jit
+def _sum_rows_kernel(
+    rows,
+    row_ids,
+    weights,
+    out,
+    hidden_size,
+    row_stride,
+    id_line_stride,
+    id_summand_stride,
+    weight_line_stride,
+    weight_summand_stride,
+    NUM_SUMMANDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    HAS_WEIGHTS: tl.constexpr,  # noqa: N803
+    NUM_BLOCKS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    # Neighbours work on one line, so that what is in flight lies together in memory.
+    line = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
+    columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < hidden_size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for summand in tl.static_range(NUM_SUMMANDS):
+        row = tl.load(row_ids + line * id_line_stride + summand * id_summand_stride).to(tl.int64)
+        # A masked load reads nothing, so a NaN in a row that nobody owns stays there.
+        values = tl.load(rows + row * row_stride + columns, mask=is_column & (row >= 0), other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            values *= tl.load(weights + line * weight_line_stride + summand * weight_summand_stride)
+        total += values
+    tl.store(out + line * hidden_size + columns, total.to(out.dtype.element_ty), mask=is_column)

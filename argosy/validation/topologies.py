@@ -1,0 +1,175 @@
+"""The equality table: one model, many topologies, the same greedy tokens.
+
+Every row starts a deployment and runs the same prompts through every way in which its ranks can exchange tokens,
+prefill and share out requests; one rank, whole prefill, is what all are compared with. It judges, it does not print. A
+feature that changes how tokens are computed adds a column or a row here. Invariant: a cell that passes has compared at
+least one token.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from argosy.config import EngineConfig, EPMode
+from argosy.engine.generation import LLM
+from argosy.messages import CompletionOutput, RequestOutput
+from argosy.sampling_params import SamplingParams
+
+LOGPROB_DIFFERENCE = 1e-4  # float32: sums in another order, nothing else
+CHUNK_TOKENS = 48  # of a chunked prefill: less than any prompt's length, so that chunks of several requests mix
+MAX_NUM_SEQS = 16
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Topology:
+    """How many replicas, of how many ranks; the experts are spread over all of them."""
+
+    dp_size: int
+    tp_size: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.dp_size * self.tp_size
+
+    @property
+    def name(self) -> str:
+        return f"dp{self.dp_size} tp{self.tp_size}"
+
+
+SIZES = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (2, 4), (4, 2), (2, 8))  # (dp_size, tp_size)
+TOPOLOGIES = tuple(Topology(*sizes) for sizes in SIZES)
+EP_MODES: tuple[EPMode, ...] = ("high_throughput", "low_latency", "all_gather")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run the prompts on a topology."""
+
+    ep_mode: EPMode
+    is_chunked: bool
+    is_balanced: bool
+
+    @property
+    def name(self) -> str:
+        prefill = "chunked" if self.is_chunked else "whole"
+        return f"{self.ep_mode}, {prefill}, {'balanced' if self.is_balanced else 'all on one replica'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WayResult:
+    """How one way compares with one rank."""
+
+    way: Way
+    num_tokens: int  # compared
+    num_equal: int  # before the first difference, over all requests
+    logprob_difference: float  # the largest, over the equal tokens
+    is_exact: bool  # float32: everything must be equal; else the figures are reported
+
+    @property
+    def passed(self) -> bool:
+        if not self.is_exact:
+            return self.num_tokens > 0
+        return 0 < self.num_tokens == self.num_equal and self.logprob_difference <= LOGPROB_DIFFERENCE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologyResult:
+    """One row."""
+
+    topology: Topology
+    start_s: float
+    ways: list[WayResult]
+
+    @property
+    def name(self) -> str:
+        return self.topology.name
+
+    @property
+    def num_ranks(self) -> int:
+        return self.topology.num_ranks
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.ways) and all(way.passed for way in self.ways)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What every way runs."""
+
+    prompts: list[list[int]]
+    num_tokens: int  # greedy, per prompt
+
+
+def compare_topologies(
+    config: EngineConfig, workload: Workload, topologies: Sequence[Topology] = TOPOLOGIES
+) -> Iterator[TopologyResult]:
+    """One result a topology, in order. ``config`` gives the model, device and dtype; its sizes are replaced.
+
+    Raises:
+        ValueError: a topology that this model or this machine cannot have.
+        RuntimeError: a deployment that failed.
+    """
+    config = dataclasses.replace(config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False)
+    expected: list[CompletionOutput] | None = None
+    for topology in topologies if Topology(1, 1) in topologies else (Topology(1, 1), *topologies):
+        started_s = time.monotonic()
+        with closing(LLM.from_config(_with_topology(config, topology))) as llm:
+            start_s = time.monotonic() - started_s
+            if expected is None:
+                expected = _run(llm, workload, None)
+            results = [_compare(llm, workload, way, expected) for way in _ways(topology)]
+        if topology in topologies:
+            yield TopologyResult(topology=topology, start_s=start_s, ways=results)
+
+
+def _with_topology(config: EngineConfig, topology: Topology) -> EngineConfig:
+    return dataclasses.replace(config, dp_size=topology.dp_size, tp_size=topology.tp_size, ep_size=None)
+
+
+def _ways(topology: Topology) -> list[Way]:
+    """One rank exchanges nothing, so it has one mode; one replica has nothing to balance."""
+    modes: tuple[EPMode, ...] = EP_MODES if topology.num_ranks > 1 else ("auto",)
+    balances = (True, False) if topology.dp_size > 1 else (True,)
+    return [Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in balances]
+
+
+def _compare(llm: LLM, workload: Workload, way: Way, expected: list[CompletionOutput]) -> WayResult:
+    prompt_tokens = sum(len(prompt) for prompt in workload.prompts)
+    llm.update_settings(
+        ep_mode=way.ep_mode,
+        # Low latency by choice, whatever the number of tokens; overflow is impossible by agreement.
+        max_num_batched_tokens=CHUNK_TOKENS if way.is_chunked else prompt_tokens,
+    )
+    found = _run(llm, workload, None if way.is_balanced else llm.config.dp_size - 1)
+    num_equal, difference = 0, 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        same = _num_equal(ours.token_ids, theirs.token_ids)
+        num_equal += same
+        difference = max([difference, *_logprob_differences(ours, theirs, same)])
+    return WayResult(
+        way=way,
+        num_tokens=sum(len(completion.token_ids) for completion in expected),
+        num_equal=num_equal,
+        logprob_difference=difference,
+        is_exact=llm.dtype_name == "float32",
+    )
+
+
+def _run(llm: LLM, workload: Workload, data_parallel_rank: int | None) -> list[CompletionOutput]:
+    params = SamplingParams(temperature=0.0, max_tokens=workload.num_tokens, ignore_eos=True, logprobs=1)
+    results = llm.generate(workload.prompts, params, use_tqdm=False, data_parallel_rank=data_parallel_rank)
+    return [result.outputs[0] for result in results if isinstance(result, RequestOutput)]
+
+
+def _num_equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((i for i, (a, b) in pairs if a != b), len(theirs))
+
+
+def _logprob_differences(ours: CompletionOutput, theirs: CompletionOutput, count: int) -> Iterator[float]:
+    assert ours.logprobs is not None and theirs.logprobs is not None
+    for a, b in zip(ours.logprobs[:count], theirs.logprobs[:count], strict=True):
+        yield abs(a.logprob - b.logprob)

@@ -1,0 +1,369 @@
+"""What dispatch and combine cost between ranks, against a plain all-to-all of the same bytes on the same group.
+
+    python benchmarks/dispatch.py --device cuda --world 2 [--graphs] [--payload int8]
+    python benchmarks/dispatch.py --device cpu --world 2 --hidden-size 256 --num-experts 32 --tokens 1,8,64
+
+It starts its own ranks. Timed are the exchange alone (packing, flight, reading; adding what came home), the whole
+dispatch and combine (with sorting for the experts and summing theirs), and how much of a dispatch the shared experts
+hide. It measures no routed experts. Invariant: before a shape is timed, a round trip through experts that multiply by
+known numbers must give the known answer; otherwise the program ends without numbers.
+
+Shape letters: T tokens of each rank, D hidden, E experts, K experts per token, M rows for the experts, e local experts.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from argosy.cli.code_version import read_commit
+from argosy.distributed.communicator import Communicator
+from argosy.distributed.ep_all_gather import AllGatherExchange
+from argosy.distributed.ep_arrange import sum_rows_in_torch
+from argosy.distributed.ep_dispatch import build_dispatcher, build_expert_tables
+from argosy.distributed.ep_high_throughput import HighThroughputExchange, HighThroughputReturn
+from argosy.distributed.ep_low_latency import LowLatencyExchange
+from argosy.distributed.ep_message import pack_tokens
+from argosy.distributed.ep_payload import WORD_BYTES, PayloadKind, build_payload
+from argosy.distributed.ep_types import (
+    EXCHANGE_MODES,
+    DispatchedTokens,
+    ExchangeMode,
+    ExchangePlan,
+    RankExchange,
+    ReceivedRows,
+)
+from argosy.distributed.layout import ParallelLayout
+from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.rendezvous import StoreAddress, connect_store, host_store
+from argosy.kernels.select import select_sum_rows
+from argosy.layers.mlp import GatedMLP
+from argosy.platforms import Platform, select_platform
+
+TIMEOUT_S = 60.0
+NUM_WARMUP = 5
+CALLS_PER_GRAPH = 10
+MAX_ERROR = 0.03  # of the round trip's norm: bf16 sums, FP8 payloads
+US_PER_S = 1e6
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What is measured; the same on every rank."""
+
+    num_tokens: int
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    expert_width: int
+    payload: PayloadKind
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Median microseconds of the slowest rank. Bytes: rank 0's whole message, its part for itself included."""
+
+    mode: ExchangeMode
+    num_tokens: int
+    is_graph: bool
+    dispatch_bytes: int
+    combine_bytes: int
+    plain_dispatch_us: float  # torch's all_to_all_single of dispatch_bytes
+    exchange_us: float
+    dispatch_us: float  # exchange, and arranging for the experts
+    plain_combine_us: float
+    return_us: float
+    combine_us: float  # summing the experts' rows, and return
+    shared_us: float
+    overlapped_us: float  # start dispatch, shared experts, wait
+
+    def exchange_ratio(self) -> float:
+        return self.exchange_us / self.plain_dispatch_us
+
+    def return_ratio(self) -> float:
+        return self.return_us / self.plain_combine_us
+
+    def hidden_share(self) -> float:
+        """Of the shorter of dispatch and shared experts, what running both together saves."""
+        saved_us = self.dispatch_us + self.shared_us - self.overlapped_us
+        return saved_us / min(self.dispatch_us, self.shared_us)
+
+
+class PlainExchange:
+    """The yardstick: rows of ``row_bytes`` in preallocated buffers, sent by torch itself."""
+
+    def __init__(self, device: torch.device, row_bytes: int, send_counts: list[int], recv_counts: list[int]) -> None:
+        row_words = row_bytes // WORD_BYTES
+        self._send_counts, self._recv_counts = send_counts, recv_counts
+        self._sent = torch.zeros(sum(send_counts), row_words, dtype=torch.int32, device=device)
+        self._received = torch.empty(sum(recv_counts), row_words, dtype=torch.int32, device=device)
+        self.num_bytes = self._sent.numel() * WORD_BYTES
+
+    def run(self) -> None:
+        dist.all_to_all_single(self._received, self._sent, self._recv_counts, self._send_counts)
+
+
+class Bench:
+    """One rank's tensors of one shape and mode, and the calls to time."""
+
+    def __init__(self, ep: Communicator, device: torch.device, shape: Shape, mode: ExchangeMode) -> None:
+        self.ep, self.shape, self.mode = ep, shape, mode
+        self.plan = ExchangePlan(mode, shape.num_tokens)
+        with torch.device(device):
+            self._build_dispatcher(device)
+            self._draw_tokens(device)
+            self.shared_experts = GatedMLP(shape.hidden_size, shape.expert_width, shape.dtype)
+            for weight in self.shared_experts.parameters():
+                weight.normal_(std=0.02)
+        self.received = self.exchange_rows()
+        self.partial_sums = self.received.x.contiguous()
+        self.dispatched = self.dispatch()
+        self._build_yardsticks(device)
+
+    def exchange_rows(self) -> ReceivedRows:
+        return self.exchange.start(self.x, self.topk_ids, self.topk_weights, self.plan).wait()
+
+    def dispatch(self) -> DispatchedTokens:
+        return self.dispatcher.start_dispatch(self.x, self.topk_ids, self.topk_weights, self.plan).wait()
+
+    def send_home(self) -> torch.Tensor:
+        return self.received.return_path.start(self.partial_sums).wait()
+
+    def combine(self) -> torch.Tensor:
+        return self.dispatcher.start_combine(self.dispatched.hidden_states, self.dispatched.handle).wait()
+
+    def run_shared_experts(self) -> torch.Tensor:
+        return self.shared_experts(self.x)
+
+    def dispatch_under_shared_experts(self) -> None:
+        flight = self.dispatcher.start_dispatch(self.x, self.topk_ids, self.topk_weights, self.plan)
+        self.run_shared_experts()
+        flight.wait()
+
+    def error(self) -> float:
+        """Of a round trip through experts that multiply by 1 + id / E, relative to the known answer."""
+        factors = 1 + torch.arange(self.shape.num_experts + 1, device=self.x.device) / self.shape.num_experts
+        num_local_experts = self.shape.num_experts // self.ep.size
+        local_factors = factors[self.ep.rank * num_local_experts :][:num_local_experts]
+        ends = self.dispatched.num_tokens_per_expert.cumsum(0)
+        rows = torch.arange(self.dispatched.hidden_states.shape[0], device=self.x.device)
+        expert = torch.searchsorted(ends, rows, right=True).clamp(max=num_local_experts - 1)
+        expert_out = (self.dispatched.hidden_states * local_factors[expert].unsqueeze(1)).to(self.shape.dtype)
+        out = self.dispatcher.start_combine(expert_out, self.dispatched.handle).wait()
+        expected = self.x.float() * (factors[self.topk_ids] * self.topk_weights).sum(dim=1, keepdim=True)
+        return float((out - expected).norm() / expected.norm())
+
+    def _build_dispatcher(self, device: torch.device) -> None:
+        shape, ep = self.shape, self.ep
+        sum_rows = select_sum_rows(device.type, sum_rows_in_torch)
+        self.dispatcher = build_dispatcher(
+            ep, shape.num_experts, payload=shape.payload, low_latency_layout="sorted", sum_rows=sum_rows
+        )
+        codec = build_payload(shape.payload)
+        owners = build_expert_tables(shape.num_experts, ep)[1]
+        exchanges: dict[ExchangeMode, RankExchange] = {
+            "low_latency": LowLatencyExchange(ep, codec),
+            "all_gather": AllGatherExchange(ep, codec),
+            "high_throughput": HighThroughputExchange(ep, owners, codec, sum_rows),
+        }
+        self.exchange = exchanges[self.mode]
+
+    def _draw_tokens(self, device: torch.device) -> None:
+        """Experts are chosen evenly, which sends nearly every token to every rank when ranks are few."""
+        shape = self.shape
+        generator = torch.Generator(device).manual_seed(self.ep.rank)
+        self.x = torch.randn(shape.num_tokens, shape.hidden_size, generator=generator).to(shape.dtype)
+        scores = torch.rand(shape.num_tokens, shape.num_experts, generator=generator)
+        self.topk_ids = scores.topk(shape.num_experts_per_tok)[1].to(torch.int32)
+        self.topk_weights = torch.rand(shape.num_tokens, shape.num_experts_per_tok, generator=generator)
+
+    def _build_yardsticks(self, device: torch.device) -> None:
+        tokens = pack_tokens(self.x, self.topk_ids, self.topk_weights, build_payload(self.shape.payload))
+        way = self.received.return_path
+        even = [self.shape.num_tokens] * self.ep.size
+        is_uneven = isinstance(way, HighThroughputReturn)
+        send_counts, recv_counts = (way.send_counts, way.recv_counts) if is_uneven else (even, even)
+        sum_bytes = self.shape.hidden_size * self.shape.dtype.itemsize
+        self.plain_dispatch = PlainExchange(device, tokens.row_bytes, send_counts, recv_counts)
+        self.plain_combine = PlainExchange(device, sum_bytes, recv_counts, send_counts)
+
+
+class Clock:
+    """Times a call on all ranks together."""
+
+    def __init__(self, ep: Communicator, platform: Platform, num_runs: int) -> None:
+        self._ep, self._platform, self._num_runs = ep, platform, num_runs
+
+    def median_us(self, call: Call, calls_per_run: int) -> float:
+        """Of the slowest rank; a run is ``calls_per_run`` calls in a row, synchronised at both ends."""
+        for _ in range(NUM_WARMUP):
+            call()
+        runs_us = [self._run_us(call, calls_per_run) for _ in range(self._num_runs)]
+        median_ns = round(statistics.median(runs_us) * 1000)
+        return max(ns for (ns,) in self._ep.all_gather_ints([median_ns])) / 1000
+
+    def _run_us(self, call: Call, calls_per_run: int) -> float:
+        self._platform.synchronize()
+        self._ep.barrier()
+        start = time.perf_counter()
+        for _ in range(calls_per_run):
+            call()
+        self._platform.synchronize()
+        return (time.perf_counter() - start) * US_PER_S / calls_per_run
+
+
+def measure(bench: Bench, clock: Clock, calls_per_run: int, *, is_graph: bool) -> Cost:
+    def time_us(call: Call) -> float:
+        if is_graph:
+            return clock.median_us(capture(call).replay, max(1, calls_per_run // CALLS_PER_GRAPH)) / CALLS_PER_GRAPH
+        return clock.median_us(call, calls_per_run)
+
+    return Cost(
+        mode=bench.mode,
+        num_tokens=bench.shape.num_tokens,
+        is_graph=is_graph,
+        dispatch_bytes=bench.plain_dispatch.num_bytes,
+        combine_bytes=bench.plain_combine.num_bytes,
+        plain_dispatch_us=time_us(bench.plain_dispatch.run),
+        exchange_us=time_us(bench.exchange_rows),
+        dispatch_us=time_us(bench.dispatch),
+        plain_combine_us=time_us(bench.plain_combine.run),
+        return_us=time_us(bench.send_home),
+        combine_us=time_us(bench.combine),
+        shared_us=time_us(bench.run_shared_experts),
+        overlapped_us=time_us(bench.dispatch_under_shared_experts),
+    )
+
+
+def capture(call: Call) -> torch.cuda.CUDAGraph:
+    """Several calls in one graph, so that its own launch hardly counts."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            call()
+    return graph
+
+
+def run_rank(rank: int, arguments: argparse.Namespace, address: StoreAddress) -> None:
+    platform = select_platform(arguments.device)
+    platform.make_current(rank)
+    device = platform.device(rank)
+    layout = ParallelLayout(dp_size=arguments.world)
+    store = connect_store(address, TIMEOUT_S)
+    ep = ParallelMesh.build(layout, rank, store=store, platform=platform, timeout_s=TIMEOUT_S).ep
+    clock = Clock(ep, platform, arguments.runs)
+    costs: list[Cost] = []
+    if rank == 0:
+        print_head(arguments, platform)
+    for num_tokens in (int(text) for text in arguments.tokens.split(",")):
+        for mode in EXCHANGE_MODES:
+            bench = Bench(ep, device, build_shape(arguments, platform, num_tokens), mode)
+            check(bench)
+            can_capture = arguments.graphs and mode != "high_throughput"
+            for is_graph in (False, True) if can_capture else (False,):
+                costs.append(measure(bench, clock, arguments.calls, is_graph=is_graph))
+                if rank == 0:
+                    print_cost(costs[-1])
+    if rank == 0:
+        print_result(arguments, platform, costs)
+    dist.destroy_process_group()
+
+
+def build_shape(arguments: argparse.Namespace, platform: Platform, num_tokens: int) -> Shape:
+    return Shape(
+        num_tokens=num_tokens,
+        hidden_size=arguments.hidden_size,
+        num_experts=arguments.num_experts,
+        num_experts_per_tok=arguments.num_experts_per_tok,
+        expert_width=arguments.expert_width,
+        payload=arguments.payload,
+        dtype=platform.default_dtype(torch.bfloat16),
+    )
+
+
+def check(bench: Bench) -> None:
+    """On all ranks or on none: a rank that left alone would hang the others."""
+    error = bench.error()
+    parts_per_million = round(error * 1e6) if error < 1 else 10**6  # also for NaN
+    errors = [number / 1e6 for (number,) in bench.ep.all_gather_ints([parts_per_million])]
+    if max(errors) > MAX_ERROR:
+        sys.exit(
+            f"{bench.mode}, {bench.shape.num_tokens} tokens: errors by rank {errors} exceed {MAX_ERROR}; no numbers"
+        )
+
+
+def print_head(arguments: argparse.Namespace, platform: Platform) -> None:
+    print(
+        f"Expert parallel dispatch and combine, {arguments.world} x {platform.device_name()}, {platform.comm_backend}"
+    )
+    print(
+        f"torch {torch.__version__}, commit {read_commit()}, D {arguments.hidden_size}, E {arguments.num_experts},"
+        f" K {arguments.num_experts_per_tok}, payload {arguments.payload}, {platform.default_dtype(torch.bfloat16)}"
+    )
+    print(
+        f"{NUM_WARMUP} calls of warm-up, median of {arguments.runs} runs of {arguments.calls} calls, us; slowest rank\n"
+    )
+    print(
+        "  tokens mode              graph |  plain  exchange ratio   GB/s  dispatch |  plain    return ratio   GB/s"
+        "   combine | shared  both  hidden"
+    )
+
+
+def print_cost(cost: Cost) -> None:
+    print(
+        f"  {cost.num_tokens:6d} {cost.mode:17s} {'yes' if cost.is_graph else 'no':5s} |"
+        f" {cost.plain_dispatch_us:6.0f} {cost.exchange_us:9.0f} {cost.exchange_ratio():5.2f}"
+        f" {cost.dispatch_bytes / cost.exchange_us / 1e3:6.1f} {cost.dispatch_us:9.0f} |"
+        f" {cost.plain_combine_us:6.0f} {cost.return_us:9.0f} {cost.return_ratio():5.2f}"
+        f" {cost.combine_bytes / cost.return_us / 1e3:6.1f} {cost.combine_us:9.0f} |"
+        f" {cost.shared_us:6.0f} {cost.overlapped_us:5.0f} {cost.hidden_share():6.0%}",
+        flush=True,
+    )
+
+
+def print_result(arguments: argparse.Namespace, platform: Platform, costs: list[Cost]) -> None:
+    result = {
+        "benchmark": "dispatch",
+        "hardware": f"{arguments.world} x {platform.device_name()}",
+        "commit": read_commit(),
+        "command": " ".join(["python", "benchmarks/dispatch.py", *sys.argv[1:]]),
+        "arguments": vars(arguments),
+        "results": [asdict(cost) for cost in costs],
+    }
+    print("\n" + json.dumps(result))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--world", type=int, default=2, help="ranks; on CUDA one a card")
+    parser.add_argument("--tokens", default="1,8,64,128,512,2048,8192", help="of each rank")
+    parser.add_argument("--hidden-size", type=int, default=7168)
+    parser.add_argument("--num-experts", type=int, default=256)
+    parser.add_argument("--num-experts-per-tok", type=int, default=8)
+    parser.add_argument("--expert-width", type=int, default=2048)
+    parser.add_argument("--payload", default="model", choices=("model", "int8", "fp8"))
+    parser.add_argument("--graphs", action="store_true", help="CUDA: also time device graphs, where the mode allows")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=20, help="timed calls a run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    store = host_store()
+    torch.multiprocessing.spawn(run_rank, (arguments, store.address), nprocs=arguments.world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Time of one step of a model with real dimensions and dummy weights, on one card or several.
+
+    python benchmarks/parallel_step.py --save one.pt
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/parallel_step.py --tp 2 --expect one.pt
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/parallel_step.py --dp 2 --expect one.pt
+
+One dense layer and ``--moe-layers`` MoE layers of DeepSeek-V3.2 with all 256 experts, bfloat16; weights are the same
+numbers on every topology (``dummy_weights.py``). Checked first: the logits of prompts against what one card saved. The
+batch is shared out evenly among replicas, so times of one total batch size compare. Prints a card, then JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.cache.rope import build_rotary_table
+from argosy.cli.code_version import read_commit
+from argosy.distributed.ep_dispatch import ExchangePlan
+from argosy.distributed.layout import ParallelLayout
+from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.rendezvous import connect_store, read_torchrun_environment
+from argosy.engine.build_rank import rotary_settings
+from argosy.layers.forward_batch import ForwardBatch
+from argosy.messages import AdmittedRequest, ScheduledBatch
+from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
+from argosy.models.deepseek.config import ModelConfig, parse_model_config
+from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
+from argosy.platforms import select_platform
+from argosy.quantization.dummy_weights import fill_with_dummy_weights
+from argosy.runner.batch_builder import BatchBuilder
+from argosy.runner.row_table import RowTable
+from argosy.sampling_params import SamplingParams
+
+REAL = {
+    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_attention_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 163840,
+}  # fmt: skip
+SMALL = REAL | {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+    "num_attention_heads": 16, "n_routed_experts": 32, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 32, "index_head_dim": 32, "index_topk": 64, "max_position_embeddings": 8192,
+}  # fmt: skip
+BLOCK_SIZE = 64
+CHECK_BATCH, CHECK_LENGTH = 4, 96
+DECODE_CONTEXT = 4096
+MIN_COSINE = 0.99  # bfloat16: experts and top-k positions flip where scores nearly tie
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    name: str
+    median_ms: float
+    spread: float  # (p90 - p10) / median
+    bytes_sent: int  # by this rank to others, a step
+
+
+class Bench:
+    """One rank's model and cache."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        place = read_torchrun_environment(os.environ)
+        self.platform = select_platform(arguments.device)
+        layout = ParallelLayout(dp_size=arguments.dp, tp_size=arguments.tp)
+        self.device = self.platform.device(place.local_rank if place else 0)
+        self.platform.make_current(self.device.index or 0)
+        self.mesh = ParallelMesh.local()
+        if place is not None:
+            store = connect_store(place.address, 60.0)
+            self.mesh = ParallelMesh.build(layout, place.rank, store=store, platform=self.platform, timeout_s=60.0)
+        self.config = parse_model_config(
+            (SMALL if arguments.small else REAL)
+            | {"num_hidden_layers": 1 + arguments.moe_layers, "model_type": "deepseek_v32"}
+        )
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.ll_max, self.steps = arguments.ll_max_tokens_per_rank, arguments.steps
+        self.model = build_model(self.config, self.dtype, self.mesh, self.device)
+        self.rotary = build_rotary_table(rotary_settings(self.config), self.device)
+
+    def plan(self, batch_size: int, num_computed: int, num_tokens: int) -> tuple[ForwardBatch, MLAKVCache]:
+        """This replica's share of ``batch_size`` requests that compute ``num_tokens`` behind ``num_computed``."""
+        dp, layout = self.mesh.coords.dp, self.mesh.layout
+        share = range(dp * batch_size // layout.dp_size, (dp + 1) * batch_size // layout.dp_size)
+        length = num_computed + num_tokens
+        blocks = -(-length // BLOCK_SIZE)
+        cache = MLAKVCache(
+            num_layers=self.config.num_hidden_layers,
+            num_blocks=1 + blocks * len(share),
+            block_size=BLOCK_SIZE,
+            latent_dim=self.config.latent_dim,
+            index_head_dim=self.config.index_head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        table = RowTable(max_num_seqs=len(share), max_model_len=length, block_size=BLOCK_SIZE)
+        admitted = [
+            AdmittedRequest(
+                row=row,
+                request_id=str(row),
+                token_ids=random_tokens(self.config.vocab_size, length, seed=request),
+                num_prompt_tokens=length,
+                num_computed_tokens=num_computed,
+                block_ids=list(range(1 + row * blocks, 1 + (row + 1) * blocks)),
+                sampling_params=SamplingParams(),
+            )
+            for row, request in enumerate(share)
+        ]
+        scheduled = ScheduledBatch(
+            step=0,
+            rows=list(range(len(share))),
+            num_computed_tokens=[num_computed] * len(share),
+            num_scheduled_tokens=[num_tokens] * len(share),
+            admitted=admitted,
+            num_tokens=num_tokens * len(share),
+        )
+        table.apply(scheduled)
+        fullest = -(-batch_size // layout.dp_size) * num_tokens
+        per_rank = -(-fullest // layout.tp_size)
+        mode = "low_latency" if per_rank <= self.ll_max else "high_throughput"
+        builder = BatchBuilder(table, self.rotary, self.device)
+        return builder.build(scheduled, ExchangePlan(mode, per_rank)).forward, cache
+
+    @torch.inference_mode()
+    def logits(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
+        """Of the sampled rows, on every rank of the replica."""
+        return self.model.compute_logits(self.model.take_rows(self.model(batch, cache), batch))
+
+    def check(self, save: str | None, expect: str | None) -> float:
+        """The cosine with the saved logits of one card, over this replica's prompts; 1 when there is nothing to do."""
+        logits = self.logits(*self.plan(CHECK_BATCH, 0, CHECK_LENGTH)).cpu()
+        if save:
+            torch.save(logits, save)
+        if not expect:
+            return 1.0
+        dp, dp_size = self.mesh.coords.dp, self.mesh.layout.dp_size
+        expected = torch.load(expect, weights_only=True).chunk(dp_size)[dp]
+        return F.cosine_similarity(logits.double(), expected.double(), dim=-1).min().item()
+
+    def measure(self, name: str, batch_size: int, num_computed: int, num_tokens: int) -> Row:
+        batch, cache = self.plan(batch_size, num_computed, num_tokens)
+        for _ in range(3):
+            self.logits(batch, cache)
+        self.mesh.tp.reset_counters()
+        self.mesh.ep.reset_counters()
+        times_ms = []
+        for _ in range(self.steps):
+            self.mesh.world.barrier()
+            self.platform.synchronize()
+            started_s = time.perf_counter()
+            self.logits(batch, cache)
+            self.platform.synchronize()
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
+        sent = sum(self.mesh.tp.bytes_sent.values()) + sum(self.mesh.ep.bytes_sent.values())
+        cuts = statistics.quantiles(times_ms, n=10)
+        median = statistics.median(times_ms)
+        return Row(name, median, (cuts[-1] - cuts[0]) / median, sent // self.steps)
+
+
+def build_model(config: ModelConfig, dtype: torch.dtype, mesh: ParallelMesh, device: torch.device) -> DeepseekV32Model:
+    with torch.device(device):
+        model = DeepseekV32Model(config, dtype, mesh)
+    mapping = build_weight_mapping(config.num_hidden_layers, 0, weight_shard(config, mesh))
+    fill_with_dummy_weights(model, checkpoint_shapes(config), mapping)
+    return model.eval()
+
+
+def random_tokens(vocab_size: int, count: int, *, seed: int) -> list[int]:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--moe-layers", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--small", action="store_true", help="small dimensions, for a try on a CPU")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 16, 64])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[2048])
+    parser.add_argument("--ll-max-tokens-per-rank", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save")
+    parser.add_argument("--expect")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    cosine = bench.check(arguments.save, arguments.expect)
+    if cosine < MIN_COSINE:
+        sys.exit(f"logits differ from one card's (cosine {cosine:.4f}): no number is worth printing")
+    rows = [
+        bench.measure(f"decode, batch {size}, context 4096", size, DECODE_CONTEXT - 1, 1) for size in arguments.batches
+    ]
+    rows += [bench.measure(f"prefill, 2 x {count} tokens", 2, 0, count) for count in arguments.prefill]
+    if bench.mesh.rank == 0:
+        report(rows, bench, arguments, cosine)
+
+
+def report(rows: list[Row], bench: Bench, arguments: argparse.Namespace, cosine: float) -> None:
+    name = bench.platform.device_name()
+    compared = Path(arguments.expect).name if arguments.expect else "nothing"
+    print(f"dp{arguments.dp} tp{arguments.tp} on {name}; worst cosine of logits with {compared}: {cosine:.5f}\n")
+    print(f"{'':36}{'median ms':>10}{'spread':>8}{'MB sent':>9}")
+    for row in rows:
+        print(f"{row.name:36}{row.median_ms:10.2f}{row.spread:8.0%}{row.bytes_sent / 1e6:9.2f}")
+    record = {
+        "benchmark": "parallel_step",
+        "hardware": name,
+        "commit": read_commit(),
+        "command": " ".join(sys.argv),
+        "dp_size": arguments.dp,
+        "tp_size": arguments.tp,
+        "cosine": cosine,
+        "rows": [asdict(row) for row in rows],
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

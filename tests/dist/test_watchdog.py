@@ -1,0 +1,106 @@
+"""Ranks that die, stop or stay away, as real processes: everybody ends in time, and the report names the culprit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from argosy.distributed.launcher import RankProcesses
+from tests.helpers import rank_entries
+from tests.helpers.rank_entries import TIMEOUT_S, await_ready, is_alive, is_port_free, reports, spec, strike
+
+DEATH_LIMIT_S = 5.0
+HANG_LIMIT_S = TIMEOUT_S + 5.0  # as the product's 30 s become 35
+
+
+def run_and_strike(
+    entry: object, directory: Path, rank: int, blow: signal.Signals, payload: bytes = b""
+) -> tuple[str, float]:
+    """The failure's text and how long the end took; nothing may be left of any rank."""
+    processes = RankProcesses.start(entry, spec(directory, payload=payload))  # type: ignore[arg-type]
+    try:
+        await_ready(processes)
+        time.sleep(0.3)
+        failure, took_s = strike(processes, rank, blow)
+    finally:
+        processes.close(grace_s=0)
+    assert not any(is_alive(pid) for pid in processes.pids.values())
+    assert is_port_free(processes.store.address.port)
+    assert failure is not None
+    assert not failure.is_user_error
+    assert failure.ranks == (rank,)
+    return failure.text, took_s
+
+
+@pytest.mark.parametrize("entry", [rank_entries.reduce_for_ever, rank_entries.idle_for_ever])
+def test_killed_rank_ends_all_within_five_seconds(entry: object, tmp_path: Path) -> None:
+    text, took_s = run_and_strike(entry, tmp_path, 2, signal.SIGKILL)
+    assert took_s < DEATH_LIMIT_S
+    assert "rank 2 (pid" in text
+    assert "killed by SIGKILL" in text
+    found = reports(tmp_path)
+    assert set(found) == {0, 1, 3}
+    assert all("rank 2" in lines[0] for lines in found.values())
+
+
+def test_rank_stopped_in_a_collective_is_named(tmp_path: Path) -> None:
+    text, took_s = run_and_strike(rank_entries.reduce_for_ever, tmp_path, 2, signal.SIGSTOP)
+    assert took_s < HANG_LIMIT_S
+    assert "rank 2" in text
+    found = reports(tmp_path)
+    assert set(found) == {0, 1, 3}
+    # Rank 3 shares tp with the stopped one and knows the place.
+    in_collective = " ".join(found[3])
+    assert "in all_reduce #" in in_collective
+    assert "on axis tp (layer 3 attention): arrived: rank 3; not arrived: rank 2" in in_collective
+    assert "no answer from rank 2" in in_collective
+
+
+def test_rank_stopped_while_idle_is_named(tmp_path: Path) -> None:
+    text, took_s = run_and_strike(rank_entries.idle_for_ever, tmp_path, 1, signal.SIGSTOP)
+    assert took_s < HANG_LIMIT_S
+    assert "no sign of life from rank 1" in text
+
+
+@pytest.mark.parametrize("phase", ["fingerprints", "groups"])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=lambda blow: blow.name)
+def test_rank_lost_in_a_start_up_phase_is_named(phase: str, blow: signal.Signals, tmp_path: Path) -> None:
+    text, took_s = run_and_strike(rank_entries.hang_in_phase, tmp_path, 2, blow, payload=phase.encode())
+    assert took_s < (DEATH_LIMIT_S if blow == signal.SIGKILL else HANG_LIMIT_S)
+    assert "rank 2" in text
+    assert f"this rank was in phase '{phase}'" in " ".join(reports(tmp_path)[0])
+
+
+def test_rank_that_stays_away_from_a_collective_is_named(tmp_path: Path) -> None:
+    processes = RankProcesses.start(rank_entries.skip_a_collective, spec(tmp_path))
+    failure = processes.wait(60.0)
+    processes.close(grace_s=0)
+    assert failure is not None
+    assert failure.ranks == (3,)
+    assert "did not finish within 3 s" in failure.text
+    expected = (
+        "in all_reduce #4 on axis world (step 3): arrived: ranks 0-2; not arrived: rank 3 (last all_reduce #3 (step 2))"
+    )
+    assert expected in failure.text
+    assert expected in " ".join(reports(tmp_path)[0])
+    records = json.loads((tmp_path / "rank-0.json").read_text())["collectives"]
+    assert [(record["seq"], record["op"], record["finished"]) for record in records] == [
+        (1, "all_reduce", True),
+        (2, "all_reduce", True),
+        (3, "all_reduce", True),
+        (4, "all_reduce", False),
+    ]
+    assert records[3]["label"] == "step 3"
+    assert records[3]["bytes"] == 24
+
+
+def test_rank_stopped_before_the_ranks_have_met_is_named(tmp_path: Path) -> None:
+    processes = RankProcesses.start(rank_entries.idle_for_ever, spec(tmp_path))
+    failure, took_s = strike(processes, 2, signal.SIGSTOP)
+    processes.close(grace_s=0)
+    assert took_s < HANG_LIMIT_S
+    assert failure is not None
+    assert "rank 2" in failure.text
+    assert not any(is_alive(pid) for pid in processes.pids.values())

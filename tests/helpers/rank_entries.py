@@ -1,0 +1,134 @@
+"""What ranks do in the tests of launcher, start-up and watchdog: entries, and the harness that runs and hurts them."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from argosy.distributed.launcher import Failure, RankProcesses
+from argosy.distributed.layout import ParallelLayout
+from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.rank_process import LaunchSpec, RankContext
+from argosy.platforms.cpu import CpuPlatform
+
+TIMEOUT_S = 3.0  # of collectives, in tests
+LAYOUT = ParallelLayout(dp_size=2, tp_size=2)
+
+
+def connect(context: RankContext) -> ParallelMesh:
+    torch.set_num_threads(1)
+    with context.phases.run("groups"):
+        return context.build_mesh(CpuPlatform())
+
+
+def reduce_for_ever(context: RankContext) -> None:
+    tp = connect(context).tp.named("layer 3 attention")
+    x = torch.ones(1000)
+    context.store.set(f"ready/{context.rank}", "1")
+    while True:
+        tp.all_reduce(x.fill_(1.0))
+
+
+def idle_for_ever(context: RankContext) -> None:
+    connect(context)
+    context.store.set(f"ready/{context.rank}", "1")
+    time.sleep(1000)
+
+
+def hang_in_phase(context: RankContext) -> None:
+    """Rank 2 never gets out of the phase named in the payload; the others wait for it, in groups or at the barrier."""
+    name = context.payload.decode()
+    with context.phases.run("fingerprints"):
+        context.store.set(f"ready/{context.rank}", "1")
+        if context.rank == 2 and name == "fingerprints":
+            time.sleep(1000)
+    with context.phases.run("groups"):
+        if context.rank == 2:
+            time.sleep(1000)
+        context.build_mesh(CpuPlatform())
+
+
+def skip_a_collective(context: RankContext) -> None:
+    """Rank 3 stays away from one all-reduce, alive and beating."""
+    mesh = connect(context)
+    for step in range(5):
+        if context.rank == 3 and step == 3:
+            time.sleep(1000)
+        mesh.world.named(f"step {step}").all_reduce(torch.ones(4))
+
+
+def fail_on_rank_1(context: RankContext) -> None:
+    connect(context)
+    with context.phases.run("weights"):
+        if context.rank == 1:
+            raise ValueError("model.safetensors: no such tensor; set --model to another directory")
+
+
+def crash_on_rank_1(context: RankContext) -> None:
+    mesh = connect(context)
+    if context.rank == 1:
+        raise KeyError("planted")
+    mesh.world.all_reduce(torch.ones(4))
+
+
+def differ(context: RankContext) -> None:
+    with context.phases.run("fingerprints"):
+        context.phases.compare_fingerprints({"dtype": "bf16", "tp_size": "4" if context.rank >= 2 else "2"})
+
+
+def finish(context: RankContext) -> None:
+    mesh = connect(context)
+    with context.phases.run("cache"):
+        numbers = context.phases.gather("num_blocks", str(100 - context.rank))
+    total = mesh.world.all_reduce(torch.ones(1)).item()
+    if context.rank == 0:
+        context.store.set("result", json.dumps([numbers, total, context.payload.decode()]))
+
+
+def spec(directory: Path, **changes: object) -> LaunchSpec:
+    settings: dict[str, object] = {
+        "layout": LAYOUT,
+        "collective_timeout_s": TIMEOUT_S,
+        "startup_timeout_s": 20.0,
+        "flight_recorder_dir": str(directory),
+    }
+    return LaunchSpec(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def await_ready(processes: RankProcesses) -> None:
+    for rank in range(LAYOUT.world_size):
+        assert processes.store.wait_for(f"ready/{rank}", 30.0), f"rank {rank} did not get ready: {processes.poll()}"
+
+
+def strike(processes: RankProcesses, rank: int, blow: signal.Signals) -> tuple[Failure | None, float]:
+    """Send the signal; the failure, and the seconds until every rank was gone."""
+    started = time.monotonic()
+    os.kill(processes.pids[rank], blow)
+    failure = processes.wait(60.0)
+    return failure, time.monotonic() - started
+
+
+def reports(directory: Path) -> dict[int, list[str]]:
+    """By rank: the report in its flight recorder's file."""
+    found = {}
+    for path in directory.glob("rank-*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found[int(path.stem.removeprefix("rank-"))] = content["report"]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

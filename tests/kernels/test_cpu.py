@@ -1,0 +1,63 @@
+"""Every fast twin for the CPU against the specification of the same name."""
+
+import pytest
+import torch
+
+from argosy.kernels import cpu, reference
+from tests.helpers.tolerance import FP32_OP_ATOL
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 128])
+@pytest.mark.parametrize("size", [1536, 7168])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(num_tokens: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = _random(num_tokens, size).to(dtype), _random(size, seed=1)
+    x[:1] *= 1e-4  # so small that eps counts
+    fast, slow = cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+    assert fast.dtype == dtype
+    # bfloat16: the float32 results may fall on two sides of a rounding boundary.
+    assert torch.allclose(fast.float(), slow.float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_a_slice_of_a_wider_tensor() -> None:
+    x, weight = _random(5, 24)[:, :16], _random(16, seed=1)
+    assert torch.allclose(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), atol=FP32_OP_ATOL)
+
+
+@pytest.mark.parametrize("num_keys", [1, 3, 40, 200, 5000])
+@pytest.mark.parametrize("num_rows", [0, 1, 50])
+def test_select_topk_positions(num_rows: int, num_keys: int) -> None:
+    scores = (_random(num_rows, num_keys) * 3).round() / 2  # many ties, both signs, -0.0
+    num_visible = torch.randint(0, num_keys + 1, (num_rows,), generator=torch.Generator().manual_seed(3))
+    for topk in (1, 16, 64):
+        fast = cpu.select_topk_positions(scores, num_visible, topk)
+        slow = reference.select_topk_positions(scores, num_visible, topk)
+        assert fast.dtype == slow.dtype
+        assert torch.equal(fast, slow)
+
+
+@pytest.mark.parametrize("table_rows", [1, 6])
+def test_positions_to_slots(table_rows: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randint(0, 2**31 // 16, (table_rows, 9), generator=generator, dtype=torch.int32)
+    positions = torch.randint(-1, 9 * 16, (6, 30), generator=generator, dtype=torch.int32)
+    fast, slow = cpu.positions_to_slots(positions, table, 16), reference.positions_to_slots(positions, table, 16)
+    assert fast.dtype == slow.dtype
+    assert torch.equal(fast, slow)
+
+
+@pytest.mark.parametrize(
+    "counts", [[0, 0, 0], [4, 0, 3], [0, 9, 0], [1, 1, 1], [400, 500, 300], [0, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mlp(counts: list[int], dtype: torch.dtype) -> None:
+    """The counts reach the padded product, the busy experts alone, and no expert at all."""
+    x = _random(sum(counts), 32).to(dtype)
+    gate_up, down = _random(len(counts), 48, 32, seed=1).to(dtype), _random(len(counts), 32, 24, seed=2).to(dtype)
+    num_tokens = torch.tensor(counts, dtype=torch.int32)
+    fast, slow = cpu.grouped_mlp(x, gate_up, down, num_tokens), reference.grouped_mlp(x, gate_up, down, num_tokens)
+    assert torch.allclose(fast.float(), slow.float(), rtol=2**-6 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
