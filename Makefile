@@ -29,6 +29,7 @@ lint: $(TEST_STAMP)
 # Two workers with one thread each: torch's own threads would make them fight for the cores.
 pytest: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not cuda"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py
 
 slow: $(TEST_STAMP)
 	$(BIN)/pytest -q -m "slow and not cuda"

@@ -31,9 +31,11 @@ from argosy.distributed.ep_dispatch import build_dispatcher, build_expert_tables
 from argosy.distributed.ep_high_throughput import HighThroughputExchange, HighThroughputReturn
 from argosy.distributed.ep_low_latency import LowLatencyExchange
 from argosy.distributed.ep_message import pack_tokens
-from argosy.distributed.ep_payload import WORD_BYTES, PayloadKind, build_payload
+from argosy.distributed.ep_payload import PayloadKind, build_payload
+from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_types import (
     EXCHANGE_MODES,
+    WORD_BYTES,
     DispatchedTokens,
     ExchangeMode,
     ExchangePlan,
@@ -43,7 +45,7 @@ from argosy.distributed.ep_types import (
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rendezvous import StoreAddress, connect_store, host_store
-from argosy.kernels.select import select_sum_rows
+from argosy.kernels.select import select_row_ops, select_sum_rows
 from argosy.layers.mlp import GatedMLP
 from argosy.platforms import Platform, select_platform
 
@@ -165,15 +167,21 @@ class Bench:
     def _build_dispatcher(self, device: torch.device) -> None:
         shape, ep = self.shape, self.ep
         sum_rows = select_sum_rows(device.type, sum_rows_in_torch)
+        row_ops = select_row_ops(device.type, TorchRowOps())
         self.dispatcher = build_dispatcher(
-            ep, shape.num_experts, payload=shape.payload, low_latency_layout="sorted", sum_rows=sum_rows
+            ep,
+            shape.num_experts,
+            payload=shape.payload,
+            low_latency_layout="sorted",
+            sum_rows=sum_rows,
+            row_ops=row_ops,
         )
         codec = build_payload(shape.payload)
         owners = build_expert_tables(shape.num_experts, ep)[1]
         exchanges: dict[ExchangeMode, RankExchange] = {
-            "low_latency": LowLatencyExchange(ep, codec),
-            "all_gather": AllGatherExchange(ep, codec),
-            "high_throughput": HighThroughputExchange(ep, owners, codec, sum_rows),
+            "low_latency": LowLatencyExchange(ep, codec, row_ops),
+            "all_gather": AllGatherExchange(ep, codec, row_ops),
+            "high_throughput": HighThroughputExchange(ep, owners, codec, row_ops, sum_rows),
         }
         self.exchange = exchanges[self.mode]
 

@@ -107,7 +107,10 @@ def run_equality_table(
         )
     console = invocation.terminal.table_console()
     console.print(table)
-    console.print("A cell: ways (whole or chunked prefill, requests balanced or all on one replica) with equal tokens.")
+    console.print(
+        "A cell: ways (whole or chunked prefill, requests balanced or all on one replica) with all tokens equal to one "
+        "rank's, and if not all have, the share of tokens before each request's first difference."
+    )
     for row in rows:
         for way in row.ways:
             if not way.passed:
@@ -118,7 +121,10 @@ def run_equality_table(
 
 
 def _cell(ways: Sequence[WayResultLike]) -> str:
-    return f"{sum(way.num_equal == way.num_tokens for way in ways)} of {len(ways)}"
+    """How many ways have all tokens equal, and if some have not, the share of tokens before the first difference."""
+    counted = f"{sum(way.num_equal == way.num_tokens for way in ways)} of {len(ways)}"
+    share = sum(way.num_equal for way in ways) / max(1, sum(way.num_tokens for way in ways))
+    return counted if share == 1.0 else f"{counted} ({share:.0%})"
 
 
 def compare_topologies(config: EngineConfig, sizes: Sequence[tuple[int, int]], greedy_tokens: int) -> Iterator[RowLike]:

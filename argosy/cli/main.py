@@ -93,6 +93,9 @@ def run_program() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminate)
+    # Before torch is imported, for under torchrun this process is a rank: torch warns of every wait for another rank,
+    # and when one fails, its stack traces would bury our report.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         exit_code = main(sys.argv[1:], terminal=terminal)
         terminal.stdout.flush()

@@ -107,7 +107,12 @@ class Communicator:
         x = x.contiguous()
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         wire_out, wire_x = _as_wire(out), _as_wire(x)
-        launch = partial(dist.all_gather_into_tensor, wire_out, wire_x, group=self._group, async_op=True)
+        if self._is_host:
+            # gloo gathers in a ring, n - 1 hops one after another; its all-to-all sends the same bytes in one.
+            copies = torch.cat([wire_x] * self.size)
+            launch = partial(dist.all_to_all_single, wire_out, copies, group=self._group, async_op=True)
+        else:
+            launch = partial(dist.all_gather_into_tensor, wire_out, wire_x, group=self._group, async_op=True)
         return self._start("all_gather", x, _num_bytes(x) * (self.size - 1), out, launch)
 
     def start_reduce_scatter(self, x: torch.Tensor) -> Pending[torch.Tensor]:

@@ -68,9 +68,7 @@ def arrange_padded(
     return _build_dispatched(received, padded_rows(received.x, local_ids, num_local_experts), sum_rows)
 
 
-def sorted_rows(
-    x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, num_rows: int | None
-) -> ArrangedRows:
+def sorted_rows(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, num_rows: int | None) -> ArrangedRows:
     """``local_ids: [N, K]``, ``num_local_experts`` for none. M is exact where the host knows it, else N * K."""
     sorted_ids, order, expert_offsets = _sort_entries(local_ids, num_local_experts)
     if num_rows is None:

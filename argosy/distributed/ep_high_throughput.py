@@ -18,7 +18,7 @@ from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_message import pack_tokens, unpack
 from argosy.distributed.ep_payload import PayloadCodec
 from argosy.distributed.ep_types import ExchangePlan, PackedTokens, ReceivedRows, RowOps, SumRows
-from argosy.distributed.pending import Pending, Ready, Then
+from argosy.distributed.pending import Pending, Then
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,11 @@ class HighThroughputExchange:
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
         counts, places = self._row_ops.count_routes(topk_ids, self._expert_owner, self._ep.size)
-        table = _start_host_copy(torch.cat((counts, self._ep.start_all_to_all(counts).wait()), dim=1))  # [G, 4]
+        host_counts = _HostCounts(counts, self._ep.start_all_to_all(counts).wait())
         tokens = pack_tokens(x, topk_ids, topk_weights, self._codec)
-        # NOTE(order): the copy started before packing, and num_rows waits for it behind the launch.
-        message, sent_rows = self._row_ops.pack_routes(
-            tokens, counts, places, lambda: sum(num_rows for num_rows, _, _, _ in table.wait().tolist())
-        )
-        # NOTE(sync): the lengths of the exchange to come, both ways; pack_routes has waited for them.
-        send_counts, _, recv_counts, recv_entries = (list(column) for column in zip(*table.wait().tolist(), strict=True))
+        # NOTE(order): the counts are on their way to the host before a card packs, and are read behind that launch.
+        message, sent_rows = self._row_ops.pack_routes(tokens, counts, places, host_counts.num_sent)
+        send_counts, _, recv_counts, recv_entries = host_counts.read()
         flight = self._ep.start_all_to_all_v(message, send_counts, recv_counts)
         return_path = HighThroughputReturn(self._ep, self._sum_rows, sent_rows, send_counts, recv_counts)
         return Then(flight, partial(self._receive, tokens, sum(recv_entries), return_path))
@@ -70,19 +67,24 @@ class HighThroughputExchange:
         return ReceivedRows(*unpack(message, tokens, self._codec), num_local_entries, return_path)
 
 
-class _HostCopy:
-    """A device tensor on its way to the host."""
+class _HostCounts:
+    """The lengths of the exchange to come, both ways, on their way to the host in one copy."""
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self._copy = x.to("cpu", non_blocking=True)  # into pinned memory
-        self._arrived = torch.Event(device=x.device)
-        self._arrived.record()
+    def __init__(self, sent: torch.Tensor, received: torch.Tensor) -> None:
+        table = torch.cat((sent, received), dim=1)  # [G, 4]: rows and entries sent, rows and entries received
+        # To other devices than CUDA's no event can be asked for here: there the reader waits for all that was launched.
+        self._table = table.to("cpu", non_blocking=True) if table.is_cuda else table
+        self._arrived = torch.Event(device=table.device) if table.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
 
-    def wait(self) -> torch.Tensor:
-        self._arrived.synchronize()
-        return self._copy
+    def read(self) -> list[list[int]]:
+        """-> rows sent, entries sent, rows received, entries received, each by rank. NOTE(sync)."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        columns: list[list[int]] = self._table.t().tolist()
+        return columns
 
-
-def _start_host_copy(x: torch.Tensor) -> Pending[torch.Tensor]:
-    """Without CUDA's pinned copies the reader of the tensor waits."""
-    return _HostCopy(x) if x.is_cuda else Ready(x)
+    def num_sent(self) -> int:
+        """NOTE(sync)."""
+        return sum(self.read()[0])

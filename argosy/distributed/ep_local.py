@@ -7,6 +7,7 @@ Shape letters: T tokens, D hidden, K experts per token, M routed rows (T * K), e
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, DispatchedTokens, DispatchHandle, ExchangePlan
@@ -42,11 +43,30 @@ class LocalDispatcher:
         plan: ExchangePlan = SINGLE_RANK_PLAN,
     ) -> Pending[DispatchedTokens]:
         is_none = topk_ids < 0
-        sorted_ids, order = topk_ids.masked_fill(is_none, 0).flatten().sort(stable=True)
-        experts = torch.arange(self._num_experts + 1, dtype=sorted_ids.dtype, device=x.device)
-        counts = torch.searchsorted(sorted_ids, experts).diff().to(torch.int32)
-        handle = LocalHandle(order.argsort(), topk_weights.masked_fill(is_none, 0.0))
+        routed_ids = topk_ids.masked_fill(is_none, 0).flatten()
+        sort = sort_by_expert_on_host if routed_ids.is_cpu else sort_by_expert
+        order, routed_to_sorted, counts = sort(routed_ids, self._num_experts)
+        handle = LocalHandle(routed_to_sorted, topk_weights.masked_fill(is_none, 0.0))
         return Ready(DispatchedTokens(x.index_select(0, order // topk_ids.shape[1]), counts, handle))
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         return handle.start_combine(expert_out)
+
+
+def sort_by_expert(routed_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``routed_ids: [M]`` int32 in [0, E) -> order [M], its inverse [M] (both int64), rows of each expert [E] int32."""
+    sorted_ids, order = routed_ids.sort(stable=True)
+    experts = torch.arange(num_experts + 1, dtype=sorted_ids.dtype, device=routed_ids.device)
+    return order, order.argsort(), torch.searchsorted(sorted_ids, experts).diff().to(torch.int32)
+
+
+def sort_by_expert_on_host(
+    routed_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fast twin for CPU tensors: numpy's calls cost a fifth of torch's."""
+    ids = routed_ids.numpy()
+    order = ids.argsort(kind="stable")
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    counts = np.bincount(ids, minlength=num_experts).astype(np.int32)
+    return torch.from_numpy(order), torch.from_numpy(inverse), torch.from_numpy(counts)

@@ -1,7 +1,7 @@
 """Low latency: every shape follows from the plan, so nothing is counted, read on the host, or can overflow.
 
 Every rank gets every row, needed there or not: equal parts for all would carry as many bytes, so nothing is gained by
-searching for rows, and one all-gather needs no copy for each rank. Sums come back in an all-to-all and are added here in
+searching for rows, and an all-gather needs no copy for each rank. Sums come back in an all-to-all and are added here in
 float32. Invariant: no host sync and no shape that depends on data; a device graph can capture it.
 
 Shape letters: T tokens, C max_tokens_per_rank, G ranks of the ep axis, N = G * C rows, D hidden, W words of a row.

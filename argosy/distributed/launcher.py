@@ -16,9 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, start_processes
 
@@ -37,9 +39,10 @@ GRACE_S = 3.0  # for survivors' reports; a little more than they wait for each o
 POLL_S = 0.2
 STORE_POLL_S = 0.5
 STOPPED_MARGIN_S = 1.0  # ranks notice a stopped peer too, and can say more
-CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 UNKNOWN_EXIT_CODE = 1  # of a process that ended before anybody looked
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+FORK_SERVER_MODULE = "argosy.distributed.fork_server"
+SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the fork server unblocks them when it is ready to ignore them
+UNSENT_SIGNAL = signal.SIGURG  # nobody sends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ class RankProcesses:
         except BaseException:  # also Ctrl-C between two forks
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
+            if not others:
+                _end_fork_server()
             store.close()
             raise
         return cls(spec, store, context)
@@ -123,7 +128,9 @@ class RankProcesses:
             self._await_other_nodes(deadline)
         self._closing.set()
         self._watcher.join()
-        self._kill_running()
+        if self._running:
+            self._kill_running()
+            self._tell_other_nodes()
         self._context.close(signal.SIGKILL, timeout=5)
         self.store.close()
         atexit.unregister(self.close)
@@ -132,9 +139,13 @@ class RankProcesses:
 
     def _watch(self) -> None:
         while not self._closing.is_set():
-            cause = self._find_cause()
-            if cause is not None:
-                self._end_all(cause)
+            try:
+                cause = self._find_cause()
+            except StoreLostError as error:
+                self._end_without_store(error)
+            else:
+                if cause is not None:
+                    self._end_all(cause)
             if not self._running:
                 self._settled.set()
                 return
@@ -162,10 +173,7 @@ class RankProcesses:
         if stopped:
             limit_s = self._spec.collective_timeout_s
             return Abort(text=f"{name_ranks(stopped)} stopped (SIGSTOP) for more than {limit_s:g} s", ranks=stopped)
-        try:
-            return read_root_cause(self.store)
-        except StoreLostError as error:
-            return Abort(text=str(error))
+        return read_root_cause(self.store)
 
     def _find_stopped(self, now: float) -> tuple[int, ...]:
         stopped = {rank for rank in self._running if _is_stopped(self.pids[rank])}
@@ -181,17 +189,29 @@ class RankProcesses:
         hint = ", as the kernel does when memory runs out" if exit_code == -signal.SIGKILL else ""
         return f"{who} was killed by {name}{hint}"
 
+    def _end_without_store(self, error: StoreLostError) -> None:
+        """Node 0 is gone; if all ranks have ended well, it left in good order, and only the news of them was late."""
+        deadline = time.monotonic() + GRACE_S
+        while self._running and not self._died and time.monotonic() < deadline:
+            self._reap(POLL_S)
+        if self._running or self._died:
+            self._end_all(Abort(text=str(error)))
+
     def _end_all(self, cause: Abort) -> None:
         """Tell everybody, wait for last words, kill. A cause that was published before ours stands."""
         with contextlib.suppress(StoreLostError):
             publish_abort(self.store, cause)
         deadline = time.monotonic() + GRACE_S
-        while self._running and time.monotonic() < deadline:
+        while self._can_speak() and time.monotonic() < deadline:
             self._reap(POLL_S)
         self._kill_running()
         with contextlib.suppress(StoreLostError):
             cause = read_root_cause(self.store) or cause
         self._failure = Failure(cause.text, cause.ranks, cause.is_user_error)
+
+    def _can_speak(self) -> bool:
+        """Whether a rank is left that is not stopped."""
+        return not all(_is_stopped(self.pids[rank]) for rank in self._running)
 
     def _kill_running(self) -> None:
         for process in self._running.values():
@@ -199,6 +219,12 @@ class RankProcesses:
         for process in self._running.values():
             process.join()
         self._running.clear()
+
+    def _tell_other_nodes(self) -> None:
+        """Their ranks would wait for ours. They notice a lost store, but under torchrun it outlives us."""
+        text = f"the process that started {name_ranks(tuple(self.pids))} was interrupted, or closed its engine"
+        with contextlib.suppress(StoreLostError):
+            publish_abort(self.store, Abort(text=text, ranks=tuple(self.pids)))
 
     def _await_other_nodes(self, deadline: float) -> None:
         """The store must outlive the last rank, or that one would report a lost store."""
@@ -232,10 +258,8 @@ def _start_ranks(entry: Callable[[RankContext], None], spec: LaunchSpec, address
         RankSeat(spec, rank, spec.torchrun.local_rank if spec.torchrun else index, address, dump_directory)
         for index, rank in enumerate(spec.local_ranks)
     ]
-    # Imported once, ranks are forked from there: what this process has loaded of ours, they will need too.
-    ours = [name for name in sys.modules if name.startswith("argosy.") and not name.endswith("__main__")]
-    multiprocessing.set_forkserver_preload(["torch", __name__, *ours, *spec.preload])
-    with _kept_signal_handlers(), _quiet_torch():
+    with _environment_of_ranks(), _kept_signal_handler(UNSENT_SIGNAL):
+        _start_fork_server(spec.preload)
         return start_processes(
             "argosy",
             _become_child,
@@ -246,35 +270,68 @@ def _start_ranks(entry: Callable[[RankContext], None], spec: LaunchSpec, address
         )
 
 
+def _start_fork_server(preload: tuple[str, ...]) -> None:
+    """Imported once, ranks are forked from there: what this process has loaded of ours, they will need too."""
+    ours = [name for name in sys.modules if name.startswith("argosy.") and not name.endswith("__main__")]
+    multiprocessing.set_forkserver_preload([FORK_SERVER_MODULE, "torch", __name__, *ours, *preload])
+    resource_tracker.ensure_running()  # NOTE(order): first, for it unblocks the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED_SIGNALS)  # the server inherits it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED_SIGNALS)
+
+
+def _end_fork_server() -> None:
+    """After a start that was broken off: a rank may wait for the end of the imports, and nobody knows its pid yet."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
+
+
 def _become_child(entry: Callable[[RankContext], None], seat: RankSeat) -> None:
     """In the new process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the launching process decides
+    for number in SHIELDED_SIGNALS:  # a terminal or service manager sends them to all; the launching process decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the fork server has its own use for it
     die_with_launcher()
     run_seat(entry, seat)
 
 
 @contextlib.contextmanager
-def _kept_signal_handlers() -> Iterator[None]:
-    """torch.distributed.elastic installs its own; the program that uses us keeps its."""
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in END_SIGNALS} if is_main else {}
+def _environment_of_ranks() -> Iterator[None]:
+    """For processes started within."""
+    warnings_setting = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
+    changes = {
+        # When a peer dies, torch's own stack traces would bury our report.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        # torch.distributed.elastic would replace the handlers of the program that uses us, and raise from them.
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": UNSENT_SIGNAL.name,
+        # When this process is killed, Python's resource tracker cleans up after it; that is no news.
+        "PYTHONWARNINGS": ",".join([*warnings_setting, "ignore:resource_tracker"]),
+    }
+    previous = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """For processes started within: when a peer dies, torch's own stack traces would bury our report."""
-    previous = os.environ.get(CPP_LOG_LEVEL)
-    os.environ.setdefault(CPP_LOG_LEVEL, "ERROR")
+def _kept_signal_handler(number: signal.Signals) -> Iterator[None]:
+    """torch.distributed.elastic installs its own."""
+    handler = signal.getsignal(number)
     try:
         yield
     finally:
-        if previous is None:
-            del os.environ[CPP_LOG_LEVEL]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -6,6 +6,7 @@ only a signal is silent, and that the launcher sees.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -138,6 +139,8 @@ def become_rank(entry: Callable[[RankContext], None], spec: LaunchSpec) -> NoRet
     """Under torchrun, for ranks above 0: this process is the rank. Ends the process."""
     place = spec.torchrun
     assert place is not None, "become_rank is for processes that torchrun started"
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all ranks, and rank 0's process says so
+        signal.signal(number, signal.SIG_DFL)
     dump_directory = spec.flight_recorder_dir or default_dump_directory()
     run_seat(entry, RankSeat(spec, place.rank, place.local_rank, place.address, dump_directory))
 
@@ -164,11 +167,15 @@ def die_with_launcher() -> None:
     The launching process takes the fork server with it, and that one its children; but multiprocessing hands each child
     a pipe that keeps the server alive, and one stopped child would then keep it and itself.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # NOTE(order): only now may the server go; had it gone before, nobody would tell this process.
     keep_alive = forkserver._forkserver._forkserver_alive_fd  # type: ignore[attr-defined]
     if keep_alive is not None:
         os.close(keep_alive)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and not launcher.is_alive():
+        os._exit(SURVIVOR_EXIT_CODE)
 
 
 def default_dump_directory() -> str:
@@ -231,8 +238,10 @@ def _report(error: BaseException, rank: int, store: RankStore | None) -> int:
     try:
         is_first = store is None or _publish(store, abort, wait_for_cause=not is_user_error)
     except StoreLostError as lost:
-        sys.stderr.write(f"argosy rank {rank}: {lost}\n")
-        is_first = True
+        time.sleep(ROOT_CAUSE_S)  # if this node's launching process is gone too, this one is killed now: no more words
+        first_line = f"{_name(error).splitlines()[0]}; " if not isinstance(error, StoreLostError) else ""
+        sys.stderr.write(f"argosy rank {rank}: {first_line}{lost}\n")
+        return FAILURE_EXIT_CODE
     if is_first and not is_user_error and not isinstance(error, PhaseTimeoutError):
         traceback.print_exception(error)
     elif is_first:

@@ -31,6 +31,7 @@ LOOPBACK_ADDRESS = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo"
 STORE_TIMEOUT_S = 30.0  # of one request to a store that answers; a dead one is noticed at once
 CONNECT_RETRY_S = 0.2
+TORCHRUN_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
@@ -83,6 +84,7 @@ class TorchrunPlace:
     rank: int
     world_size: int
     local_rank: int
+    num_local_ranks: int  # on this node
     address: StoreAddress
     is_store_hosted: bool  # by torchrun; else rank 0's process hosts it
 
@@ -251,7 +253,7 @@ def read_torchrun_environment(environ: Mapping[str, str]) -> TorchrunPlace | Non
     """
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
-    numbers = {name: _read_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    numbers = {name: _read_number(environ, name) for name in TORCHRUN_NUMBERS}
     if "MASTER_ADDR" not in environ:
         raise ValueError("RANK is set but MASTER_ADDR is not; start through torchrun, or unset RANK")
     restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -260,6 +262,7 @@ def read_torchrun_environment(environ: Mapping[str, str]) -> TorchrunPlace | Non
         rank=numbers["RANK"],
         world_size=numbers["WORLD_SIZE"],
         local_rank=numbers["LOCAL_RANK"],
+        num_local_ranks=numbers["LOCAL_WORLD_SIZE"],
         address=address,
         is_store_hosted=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )

@@ -100,7 +100,7 @@ class Watchdog:
                     self._follow(abort, record)
                 time.sleep(0.05)
         except StoreLostError as lost:
-            self._fail(Abort(text=str(lost)), record)
+            self._end_alone(lost)
         message = str(error).splitlines()[0]
         self._fail(Abort(text=f"rank {self._rank}: {describe(record)} failed: {message}"), record)
 
@@ -110,7 +110,7 @@ class Watchdog:
                 self._tick()
             except StoreLostError as error:
                 if not self._stopping.is_set():
-                    self._fail(Abort(text=str(error)), None)
+                    self._end_alone(error)
 
     def _tick(self) -> None:
         self._beats += 1
@@ -173,8 +173,16 @@ class Watchdog:
         except StoreLostError as error:
             lines.append(str(error))
         finally:
-            self._write_report(lines)
+            self._say((*lines, self._write_dump(lines)))
             self._exit_process(SURVIVOR_EXIT_CODE)
+
+    def _end_alone(self, error: StoreLostError) -> NoReturn:
+        """Nobody can be told or asked. If this node's launching process is gone too, this one is killed in the wait,
+        without a word: who ended the launcher knows."""
+        self._failing.acquire()
+        time.sleep(ROOT_CAUSE_S)
+        self._say((f"{error} ({self._write_dump([str(error)])})",))
+        self._exit_process(SURVIVOR_EXIT_CODE)
 
     def _exchange_progress(self, abort: Abort) -> dict[int, dict[str, Progress]]:
         """Of every rank that answers in time."""
@@ -210,15 +218,18 @@ class Watchdog:
             lines.append(f"no answer from {name_ranks(silent)}")
         return lines
 
-    def _write_report(self, lines: Sequence[str]) -> None:
+    def _write_dump(self, lines: Sequence[str]) -> str:
+        """Where it is, for people."""
         path = self._dump_directory / f"rank-{self._rank}.json"
         try:
             self._recorder.write_json(path, lines)
-            written = f"flight recorder: {path}"
         except OSError as error:
-            written = f"the flight recorder could not be written: {error}"
+            return f"the flight recorder could not be written: {error}"
+        return f"flight recorder: {path}"
+
+    def _say(self, lines: Sequence[str]) -> None:
         # One write: sixteen ranks share the terminal.
-        sys.stderr.write("".join(f"argosy rank {self._rank}: {line}\n" for line in (*lines, written)))
+        sys.stderr.write("".join(f"argosy rank {self._rank}: {line}\n" for line in lines))
         sys.stderr.flush()
 
 

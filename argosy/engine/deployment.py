@@ -76,6 +76,7 @@ def host_ranks(config: EngineConfig) -> None:
         ValueError: settings, a model or a machine that cannot work, or that differ from the other nodes'.
         RuntimeError: a rank, a node or the network failed.
     """
+    _check_place(config, read_torchrun_environment(os.environ))
     prepared = prepare(config)
     processes = RankProcesses.start(run_worker, _build_spec(prepared, None))
     try:
@@ -133,7 +134,14 @@ class ProcessLink:
 
 
 def _check_place(config: EngineConfig, place: TorchrunPlace | None) -> None:
-    if place is not None and place.world_size != config.world_size:
+    if place is None:
+        return
+    if config.nnodes > 1:
+        raise ValueError(
+            f"torchrun started this process (RANK is set), and nnodes ({config.nnodes}) would start ranks itself; "
+            "give --nnodes to torchrun alone, or start argosy without it"
+        )
+    if place.world_size != config.world_size:
         raise ValueError(
             f"torchrun started {place.world_size} processes (WORLD_SIZE), but dp_size ({config.dp_size}) x tp_size "
             f"({config.tp_size}) is {config.world_size}; set --dp and --tp to match --nproc-per-node x --nnodes"
@@ -200,8 +208,8 @@ def _wait_for_replicas(link: ProcessLink, config: EngineConfig) -> list[ReplicaR
 
 def _build_spec(prepared: Preparation, place: TorchrunPlace | None) -> LaunchSpec:
     config = prepared.config
-    num_local_ranks = config.world_size // config.nnodes
-    _check_devices(prepared, num_local_ranks if place is None else 1)
+    num_local_ranks = config.world_size // config.nnodes if place is None else place.num_local_ranks
+    _check_devices(prepared, num_local_ranks)
     settings = RankSettings(
         config=config,
         num_valid_tokens=prepared.tokenizer.vocab_size,
@@ -229,9 +237,8 @@ def _check_devices(prepared: Preparation, num_local_ranks: int) -> None:
     if num_devices is not None and num_devices < num_local_ranks:
         config = prepared.config
         raise ValueError(
-            f"{num_local_ranks} ranks of this node (dp_size {config.dp_size} x tp_size {config.tp_size} on "
-            f"{config.nnodes} nodes) need a device each, but there are {num_devices}; lower --dp or --tp, raise "
-            "--nnodes, or set --device cpu"
+            f"{num_local_ranks} ranks of this node (of dp_size {config.dp_size} x tp_size {config.tp_size}) need "
+            f"a device each, but there are {num_devices}; lower --dp or --tp, raise --nnodes, or set --device cpu"
         )
 
 

@@ -6,6 +6,7 @@ is unfinished are woken by the next ``step``, once all of them have said that th
 still be in a step, and waking the others would let them wait for it in vain.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -136,11 +137,12 @@ class ReplicasClient:
             return
         is_orderly = False
         try:
-            for request_id in self._balancer.request_ids:
-                self.abort(request_id)
-            is_orderly = self._fall_asleep_in_time()
-            for dp_rank in range(self._link.num_replicas if is_orderly else 0):
-                self._link.send(dp_rank, Shutdown())
+            with contextlib.suppress(RuntimeError):  # a rank failed, and so all have been ended
+                for request_id in self._balancer.request_ids:
+                    self.abort(request_id)
+                is_orderly = self._fall_asleep_in_time()
+                for dp_rank in range(self._link.num_replicas if is_orderly else 0):
+                    self._link.send(dp_rank, Shutdown())
         finally:
             if self._is_open:  # else a failure has ended everything on the way
                 self._is_open = False

@@ -1,6 +1,12 @@
 """Every operation of the model as one function: specified in ``reference.py``; ``choice.py`` picks what runs."""
 
-from argosy.kernels.choice import grouped_mlp, positions_to_slots, rms_norm, select_topk_positions
+from argosy.kernels.choice import (
+    grouped_mlp,
+    positions_to_slots,
+    rms_norm,
+    route_grouped_topk,
+    select_topk_positions,
+)
 from argosy.kernels.reference import (
     RotaryRows,
     RotaryTable,
@@ -15,7 +21,6 @@ from argosy.kernels.reference import (
     linear_fp32,
     rope_half_split_,
     rope_interleaved_,
-    route_grouped_topk,
     silu_mul,
     write_cache,
 )

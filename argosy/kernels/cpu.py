@@ -53,6 +53,33 @@ def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block
     return torch.from_numpy(slots)
 
 
+def route_grouped_topk(
+    router_logits: torch.Tensor,
+    correction_bias: torch.Tensor,
+    *,
+    n_group: int,
+    topk_group: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full sorts of short rows. Ties go to the lowest number; ``reference`` leaves them open."""
+    num_tokens, num_experts = router_logits.shape
+    scores = router_logits.sigmoid().numpy()
+    biased = scores + correction_bias.numpy()
+    if n_group > 1:
+        grouped = biased.reshape(num_tokens, n_group, num_experts // n_group)
+        group_scores = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)  # [T, n_group]
+        dropped = (-group_scores).argsort(axis=1, kind="stable")[:, topk_group:]
+        np.put_along_axis(grouped, dropped[:, :, None], -np.inf, axis=1)
+    topk_ids = (-biased).argsort(axis=1, kind="stable")[:, :num_experts_per_tok]
+    weights = np.take_along_axis(scores, topk_ids, axis=1)
+    if norm_topk_prob:
+        weights /= weights.sum(axis=1, keepdims=True)
+    weights *= np.float32(routed_scaling_factor)
+    return torch.from_numpy(topk_ids.astype(np.int32)), torch.from_numpy(weights)
+
+
 def grouped_mlp(
     x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, num_tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:

@@ -237,8 +237,7 @@ def route_grouped_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DeepSeek's noaux_tc router (V3 report, section 2.1.2).
-    f32.
+    """DeepSeek's noaux_tc router (V3 report, section 2.1.2). ``router_logits: [T, E]``, ``correction_bias: [E]`` f32.
 
     Sigmoid scores plus bias choose: the best ``topk_group`` groups by the sum of their two best experts, then the best
     experts within them (other groups are -inf). The weights are the scores *without* the bias.

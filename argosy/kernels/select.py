@@ -5,11 +5,15 @@ Invariant: what is returned equals ``reference`` within float32's rounding.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+if TYPE_CHECKING:
+    from argosy.kernels.triton.row_ops import TritonRowOps
+
 SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+RowOpsT = TypeVar("RowOpsT")
 
 
 def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
@@ -20,6 +24,15 @@ def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
     from argosy.kernels.triton.sum_rows import sum_rows
 
     return sum_rows
+
+
+def select_row_ops(device_type: str, reference: RowOpsT) -> "RowOpsT | TritonRowOps":
+    """For ``build_dispatcher(..., row_ops=...)``: fused kernels on CUDA, ``reference`` elsewhere."""
+    if device_type != "cuda":
+        return reference
+    from argosy.kernels.triton.row_ops import TritonRowOps
+
+    return TritonRowOps()
 
 
 def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:

@@ -18,6 +18,8 @@ from argosy.messages import CompletionOutput, RequestOutput
 from argosy.sampling_params import SamplingParams
 
 LOGPROB_DIFFERENCE = 1e-4  # float32: sums in another order, nothing else
+# NOTE(numerics): in bfloat16 one flipped near-tie changes every token after it, and random prompts are full of them.
+BFLOAT16_AGREEMENT = 0.5
 CHUNK_TOKENS = 48  # of a chunked prefill: less than any prompt's length, so that chunks of several requests mix
 MAX_NUM_SEQS = 16
 
@@ -70,7 +72,7 @@ class WayResult:
     @property
     def passed(self) -> bool:
         if not self.is_exact:
-            return self.num_tokens > 0
+            return 0 < self.num_tokens * BFLOAT16_AGREEMENT <= self.num_equal
         return 0 < self.num_tokens == self.num_equal and self.logprob_difference <= LOGPROB_DIFFERENCE
 
 

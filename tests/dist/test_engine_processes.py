@@ -1,61 +1,24 @@
 """``argosy`` with ranks in processes of their own, from outside: how it ends, whoever ends it."""
 
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.program import Program
+
 GENERATE = ("generate", "--device", "cpu", "--num-threads", "1", "--max-model-len", "256", "--tp", "2", "--dp", "2")
-END_S = 20.0  # generous: other tests may keep the cores busy
+COLLECTIVE_TIMEOUT_S = 4.0
 
-
-class Program:
-    """``argosy`` in a session of its own, so that all its processes can be found and signalled together."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "argosy", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for_ranks(self, number: int) -> list[int]:
-        """Until a fork server has ``number`` children; their pids."""
-        deadline_s = time.monotonic() + 60.0
-        while time.monotonic() < deadline_s:
-            assert self.process.poll() is None, self.process.communicate()[1]
-            processes = _session(self.process.pid)
-            servers = [pid for pid, parent in processes.items() if parent == self.process.pid]
-            ranks = [pid for pid, parent in processes.items() if parent in servers]
-            if len(ranks) == number:
-                return sorted(ranks)
-            time.sleep(0.05)
-        raise AssertionError(f"{number} ranks did not start")
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and stderr. Fails if any process of the session is left afterwards."""
-        errors = self.process.communicate(timeout=END_S)[1]
-        deadline_s = time.monotonic() + END_S
-        while (left := _session(self.process.pid)) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert not left, f"processes {sorted(left)} are left"
-        return self.process.returncode, errors
-
-    def kill(self) -> None:
-        for pid in _session(self.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+Start = Callable[..., Program]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Program]]:
+def start() -> Iterator[Start]:
     programs: list[Program] = []
 
     def start(*arguments: str) -> Program:
@@ -69,73 +32,83 @@ def start() -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def long_run(tmp_path: Path) -> tuple[str, ...]:
-    """Arguments of a run that takes far longer than the test."""
+    """Arguments of a run that answers one line soon, and takes far longer than the test for the others."""
     lines = tmp_path / "prompts.jsonl"
-    lines.write_text('{"prompt": "12 + 30 ="}\n' * 200, encoding="utf-8")
-    return ("--input", str(lines), "--ignore-eos", "--max-tokens", "200")
+    many = '{"prompt": "12 + 30 =", "max_tokens": 200}\n' * 200
+    lines.write_text('{"prompt": "12 + 30 =", "max_tokens": 2}\n' + many, encoding="utf-8")
+    return ("--input", str(lines), "--ignore-eos")
 
 
-def _session(session: int) -> dict[int, int]:
-    """pid -> parent pid of every living process of a session."""
-    processes = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (directory / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except OSError:  # it ended just now
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            processes[int(directory.name)] = int(fields[1])
-    return processes
+def wait_for(stage: str, program: Program) -> None:
+    match stage:
+        case "imports":
+            program.wait_for_fork_server()
+            time.sleep(0.3)  # into them: they take a second or more
+        case "start-up":
+            program.wait_for_ranks(4)
+        case "steps":
+            assert "prompt" in program.wait_for_line()
 
 
-def test_a_prompt_is_answered_and_nothing_is_left(start: Callable[..., Program]) -> None:
+def test_a_prompt_is_answered_and_nothing_is_left(start: Start) -> None:
     program = start("--chat", "What is 17 + 25?")
-    output = program.process.communicate(timeout=60.0)[0]
-    assert program.process.returncode == 0 and "42" in output
-    assert _session(program.process.pid) == {}
+    server = program.wait_for_fork_server()
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the driver to decide on, which did not get them
+        os.kill(server, number)
+    code, errors = program.end(timeout_s=60.0)
+    assert (code, errors) == (0, "") and "42" in program.output
 
 
+@pytest.mark.parametrize("stage", ["imports", "start-up", "steps"])
 @pytest.mark.parametrize(
     ("end_signal", "exit_code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
     ids=["ctrl-c", "sigterm"],
 )
 def test_interruption_ends_everything_with_one_line(
-    start: Callable[..., Program], long_run: tuple[str, ...], end_signal: signal.Signals, exit_code: int
+    start: Start, long_run: tuple[str, ...], end_signal: signal.Signals, exit_code: int, stage: str
 ) -> None:
     program = start(*long_run)
-    program.wait_for_ranks(4)
-    time.sleep(2.5)  # into the steps, or the end of the start: both must end well
-    if end_signal == signal.SIGINT:
-        os.killpg(program.process.pid, signal.SIGINT)  # as a terminal does: ranks get it too
-    else:
-        program.process.terminate()
+    wait_for(stage, program)
+    os.killpg(program.process.pid, end_signal)  # as terminals and service managers do: fork server and ranks get it too
     code, errors = program.end()
     assert code == exit_code, errors
     lines = errors.splitlines()
     assert len(lines) == 1 and lines[0].startswith(("argosy: interrupted", "argosy: terminated")), errors
 
 
-@pytest.mark.parametrize("wait_s", [0.0, 3.0], ids=["in start-up", "in a step"])
-def test_ranks_do_not_outlive_a_killed_driver(
-    start: Callable[..., Program], long_run: tuple[str, ...], wait_s: float
-) -> None:
+@pytest.mark.parametrize("stage", ["imports", "start-up", "steps"])
+def test_nothing_outlives_a_killed_driver(start: Start, long_run: tuple[str, ...], stage: str) -> None:
     program = start(*long_run)
-    program.wait_for_ranks(4)
-    time.sleep(wait_s)
+    wait_for(stage, program)
     program.process.kill()
-    assert program.end()[0] == -signal.SIGKILL
+    code, errors = program.end(timeout_s=5.0)
+    assert code == -signal.SIGKILL
+    assert errors == ""  # who killed it knows
 
 
-@pytest.mark.parametrize("wait_s", [0.0, 3.0], ids=["in start-up", "in a step"])
+@pytest.mark.parametrize("stage", ["start-up", "steps"])
 def test_a_killed_rank_is_named_in_one_line_and_ends_everything(
-    start: Callable[..., Program], long_run: tuple[str, ...], wait_s: float
+    start: Start, long_run: tuple[str, ...], stage: str
 ) -> None:
     program = start(*long_run)
+    wait_for(stage, program)
     victim = program.wait_for_ranks(4)[1]
-    time.sleep(wait_s)
     os.kill(victim, signal.SIGKILL)
     code, errors = program.end()
     assert code == 1, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("argosy: error: ")]
     assert f"(pid {victim}, node 0) was killed by SIGKILL" in line
+
+
+def test_a_stopped_rank_is_named_and_ends_everything_in_time(start: Start, long_run: tuple[str, ...]) -> None:
+    program = start(*long_run, "--collective-timeout-s", str(COLLECTIVE_TIMEOUT_S))
+    wait_for("steps", program)
+    victim = program.wait_for_ranks(4)[3]
+    started_s = time.monotonic()
+    os.kill(victim, signal.SIGSTOP)
+    code, errors = program.end()
+    assert time.monotonic() - started_s < COLLECTIVE_TIMEOUT_S + 5.0
+    assert code == 1, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("argosy: error: ")]
+    assert re.search(r"no answer from rank 3\b|no sign of life from rank 3\b|rank 3 stopped", line), errors

@@ -1,6 +1,7 @@
 """Expert parallelism on one card, its peers played by itself: no host sync in low latency, and capture in a graph."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from argosy.distributed.ep_arrange import ExpertLayout, sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher
 from argosy.distributed.ep_payload import PayloadKind
-from argosy.distributed.ep_types import ExchangeMode, ExchangePlan, SumRows, TokenDispatcher
-from argosy.kernels.select import select_sum_rows
+from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_types import ExchangeMode, ExchangePlan, RowOps, SumRows, TokenDispatcher
+from argosy.kernels.select import select_row_ops, select_sum_rows
 from argosy.models.deepseek.moe_layer import RoutedExperts
 from tests.helpers.loopback import LoopbackCommunicator
 
@@ -20,15 +22,26 @@ pytestmark = [
 EP_SIZE, NUM_EXPERTS, HIDDEN_SIZE, NUM_TOKENS, NUM_EXPERTS_PER_TOK = 4, 32, 256, 24, 8
 
 
+@dataclass(frozen=True)
+class EPKernels:
+    sum_rows: SumRows
+    row_ops: RowOps
+
+
 class Trip:
     """Dispatch, experts, combine over static buffers."""
 
-    def __init__(self, layout: ExpertLayout, payload: PayloadKind, sum_rows: SumRows) -> None:
+    def __init__(self, layout: ExpertLayout, payload: PayloadKind, kernels: EPKernels) -> None:
         torch.manual_seed(0)
         with torch.device("cuda"):
             ep = LoopbackCommunicator(EP_SIZE, rank=1)
             self.dispatcher: TokenDispatcher = build_dispatcher(
-                ep, NUM_EXPERTS, payload=payload, low_latency_layout=layout, sum_rows=sum_rows
+                ep,
+                NUM_EXPERTS,
+                payload=payload,
+                low_latency_layout=layout,
+                sum_rows=kernels.sum_rows,
+                row_ops=kernels.row_ops,
             )
             self.experts = RoutedExperts(NUM_EXPERTS // EP_SIZE, HIDDEN_SIZE, 128, torch.bfloat16)
             for weight in self.experts.parameters():
@@ -66,17 +79,19 @@ def forbid_syncs() -> Iterator[None]:
 
 
 @pytest.fixture(params=["torch", "fused"])
-def sum_rows(request: pytest.FixtureRequest) -> SumRows:
-    return sum_rows_in_torch if request.param == "torch" else select_sum_rows("cuda", sum_rows_in_torch)
+def kernels(request: pytest.FixtureRequest) -> EPKernels:
+    if request.param == "torch":
+        return EPKernels(sum_rows_in_torch, TorchRowOps())
+    return EPKernels(select_sum_rows("cuda", sum_rows_in_torch), select_row_ops("cuda", TorchRowOps()))
 
 
 @pytest.mark.parametrize("payload", ["model", "int8", "fp8"])
 @pytest.mark.parametrize("layout", ["padded", "sorted"])
 @pytest.mark.parametrize("mode", ["low_latency", "all_gather"])
 def test_fixed_exchanges_never_wait_for_the_card(
-    mode: ExchangeMode, layout: ExpertLayout, payload: PayloadKind, sum_rows: SumRows, forbid_syncs: None
+    mode: ExchangeMode, layout: ExpertLayout, payload: PayloadKind, kernels: EPKernels, forbid_syncs: None
 ) -> None:
-    trip = Trip(layout, payload, sum_rows)
+    trip = Trip(layout, payload, kernels)
     trip.run(mode)  # Triton may compile here
     out = trip.run(mode)
     torch.cuda.set_sync_debug_mode("default")
@@ -85,8 +100,8 @@ def test_fixed_exchanges_never_wait_for_the_card(
 
 
 @pytest.mark.parametrize("layout", ["padded", "sorted"])
-def test_low_latency_is_captured_in_a_graph(layout: ExpertLayout, sum_rows: SumRows) -> None:
-    trip = Trip(layout, "model", sum_rows)
+def test_low_latency_is_captured_in_a_graph(layout: ExpertLayout, kernels: EPKernels) -> None:
+    trip = Trip(layout, "model", kernels)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         trip.run("low_latency")

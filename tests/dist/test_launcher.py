@@ -1,6 +1,7 @@
 """Starting and ending the ranks of a node as real processes; errors of one rank, places taken, a launcher that dies."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from argosy.distributed.launcher import RankProcesses
+from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.rank_process import LaunchSpec
 from argosy.distributed.rendezvous import StoreAddress, TorchrunPlace, host_store
 from tests.helpers import rank_entries
@@ -82,6 +84,10 @@ def test_differing_fingerprints_name_field_values_and_ranks(tmp_path: Path) -> N
 def test_close_ends_ranks_that_would_run_for_ever(tmp_path: Path) -> None:
     processes = RankProcesses.start(rank_entries.idle_for_ever, spec(tmp_path))
     await_ready(processes)
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a service manager, to all: the launcher decides
+        os.kill(processes.pids[1], number)
+    assert processes.wait(0.5) is None
+    assert is_alive(processes.pids[1])
     processes.close(grace_s=0.5)
     assert not any(is_alive(pid) for pid in processes.pids.values())
 
@@ -96,6 +102,23 @@ if __name__ == "__main__":
     processes = RankProcesses.start(rank_entries.crash_on_rank_1, rank_entries.spec(Path(sys.argv[1])))
     assert processes.wait(60.0) is not None
     processes.close(grace_s=0)
+"""
+
+INTERRUPTED_SCRIPT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from argosy.distributed.launcher import RankProcesses
+from tests.helpers import rank_entries
+
+if __name__ == "__main__":
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        RankProcesses.start(rank_entries.idle_for_ever, rank_entries.spec(Path(sys.argv[1])))
+    except KeyboardInterrupt:
+        time.sleep(4.0)  # a program that goes on; the imports would be done by then
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        names = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
+        print("interrupted; children:", [name for name in names if "resource_tracker" not in name])
 """
 
 LAUNCHER_SCRIPT = """
@@ -251,7 +274,7 @@ def test_two_nodes_with_one_number_end_the_start(tmp_path: Path) -> None:
 def test_two_processes_with_one_rank_end_the_start(tmp_path: Path) -> None:
     """As torchrun's environment set by hand allows."""
     store = host_store()
-    place = TorchrunPlace(2, 4, 0, store.address, is_store_hosted=True)
+    place = TorchrunPlace(2, 4, 0, 1, store.address, is_store_hosted=True)
     processes = [RankProcesses.start(rank_entries.finish, spec(tmp_path, torchrun=place)) for _ in range(2)]
     failures = [one.wait(30.0) for one in processes]
     for one in processes:
@@ -260,6 +283,38 @@ def test_two_processes_with_one_rank_end_the_start(tmp_path: Path) -> None:
         assert failure is not None
         assert "two processes claim rank 2 of 4" in failure.text
     store.close()
+
+
+def test_a_node_that_closes_tells_the_others_where_the_store_lives_on(tmp_path: Path) -> None:
+    """As under torchrun: a lost store would tell them otherwise."""
+    store = host_store()
+    places = [TorchrunPlace(rank, 2, rank, 2, store.address, is_store_hosted=True) for rank in range(2)]
+    long_timeout = spec(tmp_path, layout=ParallelLayout(tp_size=2), collective_timeout_s=60.0)
+    first, second = (
+        RankProcesses.start(rank_entries.idle_for_ever, dataclasses.replace(long_timeout, torchrun=place))
+        for place in places
+    )
+    for rank in range(2):
+        assert store.wait_for(f"ready/{rank}", 30.0)
+    started = time.monotonic()
+    first.close(grace_s=0)
+    failure = second.wait(20.0)
+    second.close(grace_s=0)
+    store.close()
+    assert time.monotonic() - started < 5
+    assert failure is not None
+    assert "the process that started rank 0 was interrupted, or closed its engine" in failure.text
+
+
+def test_an_interrupted_start_leaves_no_rank(tmp_path: Path) -> None:
+    """Also none that the fork server would fork when its imports are done; and the handlers are the program's own."""
+    script = tmp_path / "launch.py"
+    script.write_text(INTERRUPTED_SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("interrupted; children: []\n", "", 0)
 
 
 def test_latecomer_leaves_a_run_alone(tmp_path: Path) -> None:
@@ -276,6 +331,6 @@ def test_latecomer_leaves_a_run_alone(tmp_path: Path) -> None:
 
 
 def test_torchrun_with_another_number_of_ranks_is_a_users_mistake() -> None:
-    place = TorchrunPlace(0, 8, 0, StoreAddress("127.0.0.1", 1), is_store_hosted=True)
+    place = TorchrunPlace(0, 8, 0, 8, StoreAddress("127.0.0.1", 1), is_store_hosted=True)
     with pytest.raises(ValueError, match="torchrun started 8 ranks, but the layout has 4; set --dp-size and --tp-size"):
         LaunchSpec(layout=LAYOUT, torchrun=place)

@@ -177,13 +177,20 @@ def test_recorder_keeps_the_last_and_counts_each_axis() -> None:
 
 # --- the environment -------------------------------------------------------------------------------------------------
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_torchruns_environment_is_a_place() -> None:
     environment = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
     address = StoreAddress("10.0.0.1", 29500, "argosy/2")
-    assert read_torchrun_environment(environment) == TorchrunPlace(3, 8, 1, address, is_store_hosted=True)
+    assert read_torchrun_environment(environment) == TorchrunPlace(3, 8, 1, 2, address, is_store_hosted=True)
     assert read_torchrun_environment({}) is None
     with pytest.raises(ValueError, match="LOCAL_RANK is ''"):
         read_torchrun_environment({name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"})

@@ -61,3 +61,19 @@ def test_grouped_mlp(counts: list[int], dtype: torch.dtype) -> None:
     num_tokens = torch.tensor(counts, dtype=torch.int32)
     fast, slow = cpu.grouped_mlp(x, gate_up, down, num_tokens), reference.grouped_mlp(x, gate_up, down, num_tokens)
     assert torch.allclose(fast.float(), slow.float(), rtol=2**-6 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 300])
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (8, 4), (8, 8)])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route_grouped_topk(num_tokens: int, n_group: int, topk_group: int, norm_topk_prob: bool) -> None:
+    logits, bias = _random(num_tokens, 32), _random(32, seed=1)  # a bias as large as the scores: some are negative
+    settings = {"n_group": n_group, "topk_group": topk_group, "num_experts_per_tok": 4}
+    fast_ids, fast = cpu.route_grouped_topk(
+        logits, bias, norm_topk_prob=norm_topk_prob, routed_scaling_factor=2.5, **settings
+    )
+    slow_ids, slow = reference.route_grouped_topk(
+        logits, bias, norm_topk_prob=norm_topk_prob, routed_scaling_factor=2.5, **settings
+    )
+    assert fast_ids.dtype == slow_ids.dtype and torch.equal(fast_ids, slow_ids)
+    assert fast.dtype == slow.dtype and torch.allclose(fast, slow, atol=FP32_OP_ATOL)

@@ -17,10 +17,11 @@ from argosy.config import EPPayload
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher
+from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.expert_load import ExpertLoad
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.tp_comm import build_token_slices, gather_vocabulary
-from argosy.kernels.select import select_expert_layout, select_sum_rows
+from argosy.kernels.select import select_expert_layout, select_row_ops, select_sum_rows
 from argosy.layers.embedding import build_embedding
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.layers.linear import VocabParallelHead
@@ -85,6 +86,7 @@ def _build_moe(parts: ModelParts, layer_id: int) -> MoELayer:
         config.n_routed_experts,
         payload=parts.ep_payload,
         low_latency_layout=select_expert_layout(device_type),
+        row_ops=select_row_ops(device_type, TorchRowOps()),
         sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
     )
     return MoELayer(

@@ -1,0 +1,171 @@
+"""Fused kernels on rows between the wire and the experts against their plain twins: bit by bit where nothing is added.
+
+On an NVIDIA card, or without one in Triton's interpreter:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_row_ops.py
+"""
+
+import os
+
+import pytest
+import torch
+
+from argosy.distributed.ep_arrange import sum_rows_in_torch
+from argosy.distributed.ep_message import pack_tokens, unpack
+from argosy.distributed.ep_payload import PayloadKind, build_payload
+from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_types import PackedTokens, ReceivedRows, RowOps
+from argosy.distributed.pending import Pending, Ready
+from argosy.kernels.select import select_row_ops, select_sum_rows
+from tests.helpers.tolerance import FP32_OP_ATOL
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+TWIN = TorchRowOps()
+NUM_EXPERTS, NUM_RANKS = 20, 5
+# Below, at, and above what one program of a count reads at once for a few tokens.
+NUMS_TOKENS = (0, 1, 7, 128, 300)
+
+pytestmark = pytest.mark.skipif(
+    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs an NVIDIA card, or TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture
+def fused() -> RowOps:
+    pytest.importorskip("triton")
+    return select_row_ops("cuda", TWIN)
+
+
+class NoReturn:
+    """A return path that ends here."""
+
+    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
+        return Ready(partial_sums)
+
+
+def draw_tokens(
+    num_tokens: int, hidden_size: int = 72, k: int = 3, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some ids are -1, some tokens have none; an expert occurs at most once in a token."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+    ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(k)[1].to(torch.int32)
+    ids[torch.rand(num_tokens, k, generator=generator) < 0.2] = -1
+    ids[2:4] = -1
+    return x.to(DEVICE), ids.to(DEVICE), torch.rand(num_tokens, k, generator=generator).to(DEVICE)
+
+
+def pack(num_tokens: int, payload: PayloadKind = "model", hidden_size: int = 72, k: int = 3) -> PackedTokens:
+    return pack_tokens(*draw_tokens(num_tokens, hidden_size, k), build_payload(payload))
+
+
+def owners() -> torch.Tensor:
+    return torch.arange(NUM_EXPERTS + 1, dtype=torch.int32, device=DEVICE) // (NUM_EXPERTS // NUM_RANKS)
+
+
+@pytest.mark.parametrize("payload", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+def test_rows_are_packed_and_filled_up(fused: RowOps, num_tokens: int, payload: PayloadKind) -> None:
+    tokens = pack(num_tokens, payload)
+    assert tokens.num_spare_words > 0
+    for num_rows in (num_tokens, num_tokens + 3):
+        assert torch.equal(fused.pack_rows(tokens, num_rows), TWIN.pack_rows(tokens, num_rows))
+
+
+def test_rows_of_the_real_width_are_packed(fused: RowOps) -> None:
+    tokens = pack(3, hidden_size=7168, k=8)
+    assert tokens.num_spare_words == 0
+    assert torch.equal(fused.pack_rows(tokens, 4), TWIN.pack_rows(tokens, 4))
+
+
+def test_columns_may_be_strided(fused: RowOps) -> None:
+    x, ids, weights = draw_tokens(7)
+    strided_ids, strided_weights = ids.t().contiguous().t(), torch.cat((weights, weights), dim=1)[:, 3:]
+    strided = pack_tokens(x, strided_ids, strided_weights, build_payload("model"))
+    assert torch.equal(fused.pack_rows(strided, 9), TWIN.pack_rows(pack(7), 9))
+    for got, expected in zip(
+        fused.count_routes(strided_ids, owners(), NUM_RANKS), TWIN.count_routes(ids, owners(), NUM_RANKS), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [*NUMS_TOKENS, 4200])
+def test_routes_are_counted(fused: RowOps, num_tokens: int) -> None:
+    _, ids, _ = draw_tokens(num_tokens)
+    counts, places = TWIN.count_routes(ids, owners(), NUM_RANKS)
+    fused_counts, fused_places = fused.count_routes(ids, owners(), NUM_RANKS)
+    assert (fused_counts.dtype, fused_places.dtype) == (counts.dtype, places.dtype) == (torch.int32, torch.int32)
+    assert torch.equal(fused_counts, counts)
+    assert torch.equal(fused_places, places)
+
+
+@pytest.mark.parametrize("payload", ["model", "int8"])
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+def test_tokens_are_packed_for_each_rank_that_needs_them(fused: RowOps, num_tokens: int, payload: PayloadKind) -> None:
+    tokens = pack(num_tokens, payload)
+    counts, places = TWIN.count_routes(tokens.topk_ids, owners(), NUM_RANKS)
+
+    def num_rows() -> int:
+        return int(counts[:, 0].sum())
+
+    message, sent_rows = TWIN.pack_routes(tokens, counts, places, num_rows)
+    fused_message, fused_sent_rows = fused.pack_routes(tokens, counts, places.contiguous(), num_rows)
+    assert fused_sent_rows.dtype == sent_rows.dtype == torch.int64
+    assert torch.equal(fused_message, message)
+    assert torch.equal(fused_sent_rows, sent_rows)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(("num_rows", "k"), [(0, 3), (1, 3), (7, 3), (128, 8), (420, 20)])
+def test_rows_stand_by_expert(fused: RowOps, num_rows: int, k: int, is_padded: bool) -> None:
+    codec = build_payload("model")
+    tokens = pack(num_rows, k=k)
+    expert_map = torch.full((NUM_EXPERTS + 1,), 4, dtype=torch.int32, device=DEVICE)
+    expert_map[8:12] = torch.arange(4, device=DEVICE)  # the third of five ranks
+    num_local = int((expert_map[tokens.topk_ids] < 4).sum())
+    x, ids, weights = unpack(TWIN.pack_rows(tokens, num_rows + 2), tokens, codec)  # strided, with two empty rows
+    for known in (None, num_local):
+        received = ReceivedRows(x, ids, weights, known, NoReturn())
+        rows, counts, row_ids = TWIN.arrange_rows(received, expert_map, 4, is_padded=is_padded)
+        fused_rows, fused_counts, fused_ids = fused.arrange_rows(received, expert_map, 4, is_padded=is_padded)
+        assert (fused_counts.dtype, fused_ids.dtype) == (torch.int32, torch.int64)
+        assert torch.equal(fused_counts, counts)
+        assert torch.equal(fused_ids, row_ids)
+        if is_padded:
+            is_owned = torch.arange(num_rows + 2, device=DEVICE) < counts.unsqueeze(1)
+            assert torch.equal(fused_rows[is_owned], rows[is_owned])
+            assert fused_rows.isfinite().all()
+        else:
+            assert fused_rows.shape[0] == (ids.numel() if known is None else num_local)
+            assert torch.equal(fused_rows[:num_local], rows[:num_local])
+
+
+@pytest.mark.parametrize("hidden_size", [72, 7168])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+def test_parts_are_summed(fused: RowOps, num_rows: int, dtype: torch.dtype, hidden_size: int) -> None:
+    for num_parts in (1, 2, 5):
+        parts = torch.randn(num_parts, 7, hidden_size, generator=torch.Generator().manual_seed(num_parts))
+        parts = parts.to(DEVICE, dtype)
+        parts[:, num_rows:] = float("nan")  # nobody's
+        out = fused.sum_parts(parts, num_rows)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, TWIN.sum_parts(parts, num_rows), atol=FP32_OP_ATOL, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden_size", [72, 1536])
+@pytest.mark.parametrize("num_lines", [0, 1, 7, 40])
+def test_rows_are_summed(num_lines: int, hidden_size: int) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(num_lines)
+    around = torch.randn(31, hidden_size, generator=generator).to(DEVICE, torch.bfloat16)
+    around[0] = around[30] = float("nan")  # nobody's; the first is where an id of -1 would read
+    rows = around[1:]
+    row_ids = torch.randint(-1, 29, (num_lines, 5), generator=generator).to(DEVICE)
+    weights = torch.rand(num_lines, 5, generator=generator).to(DEVICE)
+    sum_rows = select_sum_rows("cuda", sum_rows_in_torch)
+    for factors in (weights, None):
+        out = sum_rows(rows, row_ids, factors, torch.float32)
+        expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32)
+        torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)
