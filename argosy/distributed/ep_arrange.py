@@ -53,21 +53,6 @@ def arrange(
     return _build_dispatched(received, arranged, sum_rows)
 
 
-def arrange_sorted(
-    received: ReceivedRows, local_ids: torch.Tensor, num_local_experts: int, sum_rows: SumRows
-) -> DispatchedTokens:
-    """``sorted_rows`` with their way home."""
-    arranged = sorted_rows(received.x, local_ids, num_local_experts, received.num_local_entries)
-    return _build_dispatched(received, arranged, sum_rows)
-
-
-def arrange_padded(
-    received: ReceivedRows, local_ids: torch.Tensor, num_local_experts: int, sum_rows: SumRows
-) -> DispatchedTokens:
-    """``padded_rows`` with their way home."""
-    return _build_dispatched(received, padded_rows(received.x, local_ids, num_local_experts), sum_rows)
-
-
 def sorted_rows(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, num_rows: int | None) -> ArrangedRows:
     """``local_ids: [N, K]``, ``num_local_experts`` for none. M is exact where the host knows it, else N * K."""
     sorted_ids, order, expert_offsets = _sort_entries(local_ids, num_local_experts)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from argosy.distributed.ep_arrange import arrange_padded, arrange_sorted, sum_rows_in_torch
+from argosy.distributed.ep_arrange import arrange, sum_rows_in_torch
 from argosy.distributed.ep_message import pack_tokens, pad_rows, unpack
 from argosy.distributed.ep_payload import PayloadKind, build_payload
-from argosy.distributed.ep_types import ReceivedRows
+from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_types import DispatchedTokens, ReceivedRows
 from argosy.distributed.pending import Pending, Ready
 from tests.helpers.ep_cases import decoded, poison_unowned_rows
 from tests.helpers.tolerance import FP32_OP_ATOL
@@ -102,6 +103,12 @@ class KeepSums:
         return Ready(partial_sums)
 
 
+def arrange_here(received: ReceivedRows, *, is_padded: bool) -> DispatchedTokens:
+    """Experts 0, 1 and 2 are here, 3 is not."""
+    expert_map = torch.arange(4, dtype=torch.int32)
+    return arrange(received, expert_map, 3, is_padded=is_padded, row_ops=TorchRowOps(), sum_rows=sum_rows_in_torch)
+
+
 @pytest.mark.parametrize("form", ["exact", "spare rows", "read on the host", "padded"])
 @pytest.mark.parametrize("num_rows", [0, 1, 6])
 def test_arranged_rows_come_back_as_weighted_sums(num_rows: int, form: str) -> None:
@@ -111,8 +118,7 @@ def test_arranged_rows_come_back_as_weighted_sums(num_rows: int, form: str) -> N
     num_entries = int((local_ids != none).sum())
     known = {"exact": num_entries, "spare rows": local_ids.numel(), "read on the host": None, "padded": None}
     received = ReceivedRows(x, local_ids, weights, known[form], KeepSums())
-    arrange = arrange_padded if form == "padded" else arrange_sorted
-    dispatched = arrange(received, local_ids, num_local_experts, sum_rows_in_torch)
+    dispatched = arrange_here(received, is_padded=form == "padded")
     counts = [int((local_ids == expert).sum()) for expert in range(num_local_experts)]
     assert dispatched.num_tokens_per_expert.tolist() == counts
     assert dispatched.num_tokens_per_expert.dtype == torch.int32
@@ -135,4 +141,4 @@ def test_padding_rows_hold_finite_values() -> None:
     x, _, weights = random_tokens(6, 16, k=4)
     local_ids = torch.full((6, 4), 3, dtype=torch.int32)
     received = ReceivedRows(x, local_ids, weights, None, KeepSums())
-    assert arrange_padded(received, local_ids, 3, sum_rows_in_torch).hidden_states.isfinite().all()
+    assert arrange_here(received, is_padded=True).hidden_states.isfinite().all()
