@@ -26,9 +26,11 @@ lint: $(TEST_STAMP)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# Two workers with one thread each: torch's own threads would make them fight for the cores.
+# Two workers with one thread each: torch's own threads would make them fight for the cores. Tests of many ranks come
+# one after another: each starts up to sixteen processes and has deadlines.
 pytest: $(TEST_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda" --ignore=tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not cuda" tests/dist
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py
 
 slow: $(TEST_STAMP)

@@ -17,7 +17,7 @@ from argosy.quantization.weight_loader import load_weights
 from argosy.validation.probe import ModelProbe
 from tests.helpers.rank_pool import PoolContext, RankPool
 
-pytestmark = pytest.mark.xdist_group("ranks")
+
 DIRECTORY = builtin_model_directory("argosy-tiny")
 PROMPTS = [[5 + i % 300 for i in range(130)], [9] * 70, [7]]  # past index_topk, at it, and a single token
 

@@ -9,7 +9,6 @@ from argosy.config import EngineConfig
 from argosy.validation import topologies
 from argosy.validation.topologies import TOPOLOGIES, Topology, TopologyResult, Workload, compare_topologies
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(300)]
 PROMPT_LENGTHS = (90, 70, 5)  # past index_topk, just past it, and far below
 SEED = 1  # NOTE(numerics): with 0, a token's 8th and 9th expert score within 2.4e-7; another order of sums swaps them
 NUM_TOKENS = 5

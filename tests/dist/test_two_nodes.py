@@ -13,7 +13,6 @@ import pytest
 from tests.helpers.two_nodes import ADDRESSES, TwoNodes, can_make_nodes
 
 pytestmark = [
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(not can_make_nodes(), reason="network namespaces need root and iproute2"),
     pytest.mark.timeout(300),
 ]
