@@ -4,6 +4,7 @@ Invariant: a test's outcome does not depend on the machine's cores or on earlier
 """
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell that starts a program in the background makes it ignore Ctrl-C, and so all that it starts: tests of Ctrl-C
+# would wait for nothing. With Python's own handler in place, what a test starts has the system's default again.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shared machines are slow at times: a deadline would fail tests for the weather. Derandomised: a run is repeatable.
 settings.register_profile(
