@@ -5,7 +5,8 @@
 
 It starts its own ranks. Timed are the exchange alone (packing, flight, reading; adding what came home), the whole
 dispatch and combine (with sorting for the experts and summing theirs), and how much of a dispatch the shared experts
-hide. It measures no routed experts. Invariant: before a shape is timed, a round trip through experts that multiply by
+hide; rows of the mode that ``--ep-mode auto`` takes at their size are marked, and repeated at the end. It measures no
+routed experts. Invariant: before a shape is timed, a round trip through experts that multiply by
 known numbers must give the known answer; otherwise the program ends without numbers.
 
 Shape letters: T tokens of each rank, D hidden, E experts, K experts per token, M rows for the experts, e local experts.
@@ -22,14 +23,21 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from dispatch_report import Cost, print_auto, print_cost, print_head
 
 from argosy.cli.code_version import read_commit
 from argosy.distributed.communicator import Communicator
-from argosy.distributed.ep_all_gather import AllGatherExchange
+from argosy.distributed.dp_coord import (
+    ExchangePolicy,
+    StepProposal,
+    agree,
+    choose_ll_max_tokens_per_rank,
+    expected_ranks_visited,
+)
 from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher, build_expert_tables
+from argosy.distributed.ep_fixed import AddAtHome, AddInFlight, FixedExchange
 from argosy.distributed.ep_high_throughput import HighThroughputExchange, HighThroughputReturn
-from argosy.distributed.ep_low_latency import LowLatencyExchange
 from argosy.distributed.ep_message import pack_tokens
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
@@ -48,6 +56,7 @@ from argosy.distributed.rendezvous import StoreAddress, connect_store, host_stor
 from argosy.kernels.select import select_row_ops, select_sum_rows
 from argosy.layers.mlp import GatedMLP
 from argosy.platforms import Platform, select_platform
+from argosy.quantization.scheme import build_schemes
 
 TIMEOUT_S = 60.0
 NUM_WARMUP = 5
@@ -68,36 +77,6 @@ class Shape:
     expert_width: int
     payload: PayloadKind
     dtype: torch.dtype
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """Median microseconds of the slowest rank. Bytes: rank 0's whole message, its part for itself included."""
-
-    mode: ExchangeMode
-    num_tokens: int
-    is_graph: bool
-    dispatch_bytes: int
-    combine_bytes: int
-    plain_dispatch_us: float  # torch's all_to_all_single of dispatch_bytes
-    exchange_us: float
-    dispatch_us: float  # exchange, and arranging for the experts
-    plain_combine_us: float
-    return_us: float
-    combine_us: float  # summing the experts' rows, and return
-    shared_us: float
-    overlapped_us: float  # start dispatch, shared experts, wait
-
-    def exchange_ratio(self) -> float:
-        return self.exchange_us / self.plain_dispatch_us
-
-    def return_ratio(self) -> float:
-        return self.return_us / self.plain_combine_us
-
-    def hidden_share(self) -> float:
-        """Of the shorter of dispatch and shared experts, what running both together saves."""
-        saved_us = self.dispatch_us + self.shared_us - self.overlapped_us
-        return saved_us / min(self.dispatch_us, self.shared_us)
 
 
 class PlainExchange:
@@ -123,7 +102,7 @@ class Bench:
         with torch.device(device):
             self._build_dispatcher(device)
             self._draw_tokens(device)
-            self.shared_experts = GatedMLP(shape.hidden_size, shape.expert_width, shape.dtype)
+            self.shared_experts = GatedMLP(shape.hidden_size, shape.expert_width, build_schemes(shape.dtype))
             for weight in self.shared_experts.parameters():
                 weight.normal_(std=0.02)
         self.received = self.exchange_rows()
@@ -179,8 +158,8 @@ class Bench:
         codec = build_payload(shape.payload)
         owners = build_expert_tables(shape.num_experts, ep)[1]
         exchanges: dict[ExchangeMode, RankExchange] = {
-            "low_latency": LowLatencyExchange(ep, codec, row_ops),
-            "all_gather": AllGatherExchange(ep, codec, row_ops),
+            "low_latency": FixedExchange(ep, codec, row_ops, AddAtHome(ep, row_ops)),
+            "all_gather": FixedExchange(ep, codec, row_ops, AddInFlight(ep)),
             "high_throughput": HighThroughputExchange(ep, owners, codec, row_ops, sum_rows),
         }
         self.exchange = exchanges[self.mode]
@@ -229,6 +208,19 @@ class Clock:
         return (time.perf_counter() - start) * US_PER_S / calls_per_run
 
 
+def choose_auto(shape: Shape, ep_size: int, *, is_card: bool) -> ExchangeMode:
+    """What replicas of one rank agree on, by the rules of the engine; these tokens know no groups of experts."""
+    ranks_visited = expected_ranks_visited(
+        ep_size,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.num_experts_per_tok,
+        n_group=1,
+        topk_group=1,
+    )
+    ll_max = choose_ll_max_tokens_per_rank(ep_size, ranks_visited, is_card=is_card)
+    return agree([StepProposal(0, shape.num_tokens)] * ep_size, ExchangePolicy("auto", ll_max, 1)).mode
+
+
 def measure(bench: Bench, clock: Clock, calls_per_run: int, *, is_graph: bool) -> Cost:
     def time_us(call: Call) -> float:
         if is_graph:
@@ -239,6 +231,7 @@ def measure(bench: Bench, clock: Clock, calls_per_run: int, *, is_graph: bool) -
         mode=bench.mode,
         num_tokens=bench.shape.num_tokens,
         is_graph=is_graph,
+        is_auto=bench.mode == choose_auto(bench.shape, bench.ep.size, is_card=bench.x.device.type != "cpu"),
         dispatch_bytes=bench.plain_dispatch.num_bytes,
         combine_bytes=bench.plain_combine.num_bytes,
         plain_dispatch_us=time_us(bench.plain_dispatch.run),
@@ -272,7 +265,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, address: StoreAddress) ->
     clock = Clock(ep, platform, arguments.runs)
     costs: list[Cost] = []
     if rank == 0:
-        print_head(arguments, platform)
+        print_head(arguments, platform, NUM_WARMUP)
     for num_tokens in (int(text) for text in arguments.tokens.split(",")):
         for mode in EXCHANGE_MODES:
             bench = Bench(ep, device, build_shape(arguments, platform, num_tokens), mode)
@@ -283,6 +276,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, address: StoreAddress) ->
                 if rank == 0:
                     print_cost(costs[-1])
     if rank == 0:
+        print_auto(costs)
         print_result(arguments, platform, costs)
     dist.destroy_process_group()
 
@@ -308,35 +302,6 @@ def check(bench: Bench) -> None:
         sys.exit(
             f"{bench.mode}, {bench.shape.num_tokens} tokens: errors by rank {errors} exceed {MAX_ERROR}; no numbers"
         )
-
-
-def print_head(arguments: argparse.Namespace, platform: Platform) -> None:
-    print(
-        f"Expert parallel dispatch and combine, {arguments.world} x {platform.device_name()}, {platform.comm_backend}"
-    )
-    print(
-        f"torch {torch.__version__}, commit {read_commit()}, D {arguments.hidden_size}, E {arguments.num_experts},"
-        f" K {arguments.num_experts_per_tok}, payload {arguments.payload}, {platform.default_dtype(torch.bfloat16)}"
-    )
-    print(
-        f"{NUM_WARMUP} calls of warm-up, median of {arguments.runs} runs of {arguments.calls} calls, us; slowest rank\n"
-    )
-    print(
-        "  tokens mode              graph |  plain  exchange ratio   GB/s  dispatch |  plain    return ratio   GB/s"
-        "   combine | shared  both  hidden"
-    )
-
-
-def print_cost(cost: Cost) -> None:
-    print(
-        f"  {cost.num_tokens:6d} {cost.mode:17s} {'yes' if cost.is_graph else 'no':5s} |"
-        f" {cost.plain_dispatch_us:6.0f} {cost.exchange_us:9.0f} {cost.exchange_ratio():5.2f}"
-        f" {cost.dispatch_bytes / cost.exchange_us / 1e3:6.1f} {cost.dispatch_us:9.0f} |"
-        f" {cost.plain_combine_us:6.0f} {cost.return_us:9.0f} {cost.return_ratio():5.2f}"
-        f" {cost.combine_bytes / cost.return_us / 1e3:6.1f} {cost.combine_us:9.0f} |"
-        f" {cost.shared_us:6.0f} {cost.overlapped_us:5.0f} {cost.hidden_share():6.0%}",
-        flush=True,
-    )
 
 
 def print_result(arguments: argparse.Namespace, platform: Platform, costs: list[Cost]) -> None:

@@ -125,13 +125,16 @@ class Communicator:
         launch = partial(dist.reduce_scatter_tensor, out, x, group=self._group, async_op=True)
         return self._start("reduce_scatter", x, _num_bytes(x) * (self.size - 1) // self.size, out, launch)
 
-    def start_all_to_all(self, x: torch.Tensor) -> Pending[torch.Tensor]:
-        """``x: [size, n, ...]``, row r for rank r -> [size, n, ...], row r from rank r. Collective."""
+    def start_all_to_all(self, x: torch.Tensor, out: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        """``x: [size, n, ...]``, row r for rank r -> [size, n, ...], row r from rank r. Collective.
+
+        ``out``: where to put them, contiguous; None: a new tensor.
+        """
         if self._group is None:
-            return Ready(x)
+            return Ready(x if out is None else out.copy_(x))
         self._check_divides(x)
         x = x.contiguous()
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
         wire_out, wire_x = _as_wire(out), _as_wire(x)
         launch = partial(dist.all_to_all_single, wire_out, wire_x, group=self._group, async_op=True)
         return self._start("all_to_all", x, _num_bytes(x) * (self.size - 1) // self.size, out, launch)

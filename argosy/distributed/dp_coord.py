@@ -5,8 +5,11 @@ batch of one token whose slots are -1. Which process sends what is not decided h
 Invariant: ``agree`` is a pure function of what every leader sees, so no leader needs to ask whether the others concur.
 """
 
+import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
+from math import comb
 from typing import Literal, Protocol
 
 import msgspec
@@ -14,6 +17,13 @@ import msgspec
 from argosy.config import EPMode
 
 NUM_DUMMY_TOKENS = 1
+LL_MAX_TOKENS_PER_RANK = 64  # where low latency stops to pay, if nobody says otherwise
+# Bytes that low latency may send for each that high throughput needs, and still be taken for large steps on a card: the
+# counts, and what the host does around them, cost more than a tenth of any exchange that was measured.
+MAX_EXCESS = 1.1
+# Received tokens of such a step. Without counts the experts' rows are as many as there could be, K for each: at D 7,168
+# and K 8 that is 1.75 GiB of bfloat16 going in, and as much coming out.
+MAX_FIXED_ROWS = 16_384
 ExchangeMode = Literal["low_latency", "high_throughput", "all_gather"]
 
 
@@ -29,7 +39,7 @@ class StepProposal(msgspec.Struct, frozen=True):
 
 
 class ExchangePolicy(msgspec.Struct, frozen=True):
-    """From how many tokens on a step is no longer low latency; equal on all replicas."""
+    """Up to how many tokens a step is low latency; equal on all replicas."""
 
     ep_mode: EPMode
     ll_max_tokens_per_rank: int  # -1 = never
@@ -89,6 +99,33 @@ def agree(proposals: Sequence[StepProposal], policy: ExchangePolicy) -> StepAgre
     num_tokens = tuple(proposal.num_tokens or num_dummy_tokens for proposal in proposals)
     max_tokens_per_rank = -(-max(num_tokens) // policy.ranks_per_replica)
     return StepAgreement(step, has_work, num_tokens, max_tokens_per_rank, _choose_mode(max_tokens_per_rank, policy))
+
+
+def choose_ll_max_tokens_per_rank(ep_size: int, ranks_visited: float, *, is_card: bool) -> int:
+    """``ranks_visited``: see ``expected_ranks_visited``.
+
+    Low latency sends a token to all ``ep_size`` ranks, high throughput to those it visits, once the host has read how
+    many will come. Where that saves next to nothing, only memory speaks for it; on a CPU, reading counts is free.
+    """
+    if is_card and ep_size / ranks_visited <= MAX_EXCESS:
+        return max(MAX_FIXED_ROWS // ep_size, LL_MAX_TOKENS_PER_RANK)
+    return LL_MAX_TOKENS_PER_RANK
+
+
+def expected_ranks_visited(
+    ep_size: int, *, num_experts: int, num_experts_per_tok: int, n_group: int, topk_group: int
+) -> float:
+    """Ranks that own at least one expert of a token, when routing is even: ``topk_group`` of the groups, and of their
+    experts ``num_experts_per_tok``, all choices alike."""
+    group_size, num_local_experts = num_experts // n_group, num_experts // ep_size
+    num_open = topk_group * group_size
+    total, choices = 0.0, list(itertools.combinations(range(n_group), topk_group))
+    for groups in choices:
+        experts = (group * group_size + i for group in groups for i in range(group_size))
+        open_by_rank = Counter(expert // num_local_experts for expert in experts)
+        misses = (comb(num_open - number, num_experts_per_tok) for number in open_by_rank.values())
+        total += len(open_by_rank) - sum(misses) / comb(num_open, num_experts_per_tok)
+    return total / len(choices)
 
 
 def _choose_mode(max_tokens_per_rank: int, policy: ExchangePolicy) -> ExchangeMode:

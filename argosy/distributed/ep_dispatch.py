@@ -1,9 +1,9 @@
 """Bringing tokens to their experts and back: ``dispatch -> experts -> combine`` as a pipeline of values.
 
 This file chooses and composes. ``LocalDispatcher`` serves one rank. For more, an exchange brings each token to the
-ranks that own its experts (``ep_high_throughput``, ``ep_low_latency``, ``ep_all_gather``, as the plan says); what was
-received is then one rank's own problem (``ep_arrange``). Invariant: combine returns, for every token, the sum of its
-experts' outputs times ``topk_weights``; ids of -1 contribute nothing.
+ranks that own its experts (``ep_high_throughput`` or ``ep_fixed``, as the plan says); what was received is then one
+rank's own problem (``ep_arrange``). Invariant: combine returns, for every token, the sum of its experts' outputs times
+``topk_weights``; ids of -1 contribute nothing.
 
 Shape letters: T tokens, D hidden, E experts, K experts per token, e local experts.
 """
@@ -14,11 +14,10 @@ from functools import partial
 import torch
 
 from argosy.distributed.communicator import Communicator
-from argosy.distributed.ep_all_gather import AllGatherExchange
 from argosy.distributed.ep_arrange import ExpertLayout, arrange, sum_rows_in_torch
+from argosy.distributed.ep_fixed import AddAtHome, AddInFlight, FixedExchange
 from argosy.distributed.ep_high_throughput import HighThroughputExchange
 from argosy.distributed.ep_local import LocalDispatcher
-from argosy.distributed.ep_low_latency import LowLatencyExchange
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_types import (
@@ -34,6 +33,8 @@ from argosy.distributed.ep_types import (
 )
 from argosy.distributed.pending import Pending, Then
 
+MAX_PADDED_ROWS = 1024  # of each expert: 64 tokens of 16 ranks; padding more would take more memory than it saves time
+
 
 def build_dispatcher(
     ep: Communicator,
@@ -47,7 +48,8 @@ def build_dispatcher(
     """One rank's dispatcher. Its tensors are made on the current default device, as a module's are.
 
     ``low_latency_layout`` is the form the experts get in low_latency; "sorted" suits a grouped product, "padded" a
-    masked one. ``sum_rows`` and ``row_ops`` (None: plain torch) may be fused kernels.
+    masked one, up to ``MAX_PADDED_ROWS``: above, rows are sorted all the same. ``sum_rows`` and ``row_ops`` (None:
+    plain torch) may be fused kernels.
 
     Raises:
         ValueError: experts cannot be divided among the ranks.
@@ -58,9 +60,9 @@ def build_dispatcher(
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
     exchanges: dict[ExchangeMode, RankExchange] = {
-        "low_latency": LowLatencyExchange(ep, codec, ops),
+        "low_latency": FixedExchange(ep, codec, ops, AddAtHome(ep, ops)),
         "high_throughput": HighThroughputExchange(ep, expert_owner, codec, ops, sum_rows),
-        "all_gather": AllGatherExchange(ep, codec, ops),
+        "all_gather": FixedExchange(ep, codec, ops, AddInFlight(ep)),
     }
     padded_modes: tuple[ExchangeMode, ...] = ("low_latency",) if low_latency_layout == "padded" else ()
     return ExpertParallelDispatcher(exchanges, expert_map, num_experts // ep.size, padded_modes, ops, sum_rows)
@@ -112,11 +114,12 @@ class ExpertParallelDispatcher:
         return handle.start_combine(expert_out)
 
     def _arrange(self, mode: ExchangeMode, received: ReceivedRows) -> DispatchedTokens:
+        is_padded = mode in self._padded_modes and received.x.shape[0] <= MAX_PADDED_ROWS
         return arrange(
             received,
             self._expert_map,
             self._num_local_experts,
-            is_padded=mode in self._padded_modes,
+            is_padded=is_padded,
             row_ops=self._row_ops,
             sum_rows=self._sum_rows,
         )

@@ -47,19 +47,22 @@ class HighThroughputExchange:
         self._codec = codec
         self._row_ops = row_ops
         self._sum_rows = sum_rows
+        self._count_table = _CountTable(ep, expert_owner.device)
 
     def start(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
-        counts, places = self._row_ops.count_routes(topk_ids, self._expert_owner, self._ep.size)
-        host_counts = _HostCounts(counts, self._ep.start_all_to_all(counts).wait())
+        places = self._row_ops.count_routes(topk_ids, self._expert_owner, self._count_table.sent)
+        lengths = self._count_table.exchange()
         tokens = pack_tokens(x, topk_ids, topk_weights, self._codec)
         # NOTE(order): the counts are on their way to the host before a card packs, and are read behind that launch.
-        message, sent_rows = self._row_ops.pack_routes(tokens, counts, places, host_counts.num_sent)
-        send_counts, _, recv_counts, recv_entries = host_counts.read()
-        flight = self._ep.start_all_to_all_v(message, send_counts, recv_counts)
-        return_path = HighThroughputReturn(self._ep, self._sum_rows, sent_rows, send_counts, recv_counts)
-        return Then(flight, partial(self._receive, tokens, sum(recv_entries), return_path))
+        message, sent_rows = self._row_ops.pack_routes(
+            tokens, self._count_table.sent, places, lambda: sum(lengths.wait().send_counts)
+        )
+        counts = lengths.wait()
+        flight = self._ep.start_all_to_all_v(message, counts.send_counts, counts.recv_counts)
+        return_path = HighThroughputReturn(self._ep, self._sum_rows, sent_rows, counts.send_counts, counts.recv_counts)
+        return Then(flight, partial(self._receive, tokens, sum(counts.recv_entries), return_path))
 
     def _receive(
         self, tokens: PackedTokens, num_local_entries: int, return_path: HighThroughputReturn, message: torch.Tensor
@@ -67,24 +70,55 @@ class HighThroughputExchange:
         return ReceivedRows(*unpack(message, tokens, self._codec), num_local_entries, return_path)
 
 
-class _HostCounts:
-    """The lengths of the exchange to come, both ways, on their way to the host in one copy."""
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """The lengths of an exchange, each by rank."""
 
-    def __init__(self, sent: torch.Tensor, received: torch.Tensor) -> None:
-        table = torch.cat((sent, received), dim=1)  # [G, 4]: rows and entries sent, rows and entries received
+    send_counts: list[int]
+    recv_counts: list[int]
+    recv_entries: list[int]  # ids of this rank's experts in the rows
+
+
+class _CountTable:
+    """Where counts are written, exchanged and copied to: made once, for at a few tokens every allocation shows.
+
+    One exchange at a time: its counts are read before ``HighThroughputExchange.start`` returns.
+    """
+
+    def __init__(self, ep: Communicator, device: torch.device) -> None:
+        self._ep = ep
+        # [sent or received, G, rows and entries]
+        self._on_device = torch.empty(2, ep.size, 2, dtype=torch.int32, device=device)
+        self.sent, self._received = self._on_device
         # To other devices than CUDA's no event can be asked for here: there the reader waits for all that was launched.
-        self._table = table.to("cpu", non_blocking=True) if table.is_cuda else table
-        self._arrived = torch.Event(device=table.device) if table.is_cuda else None
+        is_cuda = device.type == "cuda"
+        self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True) if is_cuda else self._on_device
+        self._arrived = torch.Event(device=device) if is_cuda else None
+
+    def exchange(self) -> "_CountsInFlight":
+        """Of what stands in ``sent``. Collective over ep."""
+        self._ep.start_all_to_all(self.sent, out=self._received).wait()
         if self._arrived is not None:
+            self._on_host.copy_(self._on_device, non_blocking=True)
             self._arrived.record()
+        return _CountsInFlight(self._on_host, self._arrived)
 
-    def read(self) -> list[list[int]]:
-        """-> rows sent, entries sent, rows received, entries received, each by rank. NOTE(sync)."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        columns: list[list[int]] = self._table.t().tolist()
-        return columns
 
-    def num_sent(self) -> int:
+class _CountsInFlight:
+    """On their way to the host; the first ``wait`` waits, and reads."""
+
+    def __init__(self, on_host: torch.Tensor, arrived: torch.Event | None) -> None:
+        self._on_host = on_host
+        self._arrived = arrived
+        self._counts: _Counts | None = None
+
+    def wait(self) -> _Counts:
         """NOTE(sync)."""
-        return sum(self.read()[0])
+        if self._counts is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            sent, received = self._on_host.tolist()
+            self._counts = _Counts(
+                [rows for rows, _ in sent], [rows for rows, _ in received], [entries for _, entries in received]
+            )
+        return self._counts

@@ -21,15 +21,13 @@ class TorchRowOps:
     def pack_rows(self, tokens: PackedTokens, num_rows: int) -> torch.Tensor:
         return pad_rows(tokens, num_rows)
 
-    def count_routes(
-        self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, num_ranks: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def count_routes(self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        num_ranks = counts.shape[0]
         ranks = torch.arange(num_ranks, dtype=torch.int32, device=topk_ids.device).view(num_ranks, 1, 1)
         num_entries = (expert_owner[topk_ids] == ranks).sum(dim=2, dtype=torch.int32)  # [G, T]
         is_sent = num_entries > 0
-        counts = torch.stack((is_sent, num_entries), dim=1).sum(dim=2, dtype=torch.int32)  # [G, 2]
-        places = torch.where(is_sent, is_sent.cumsum(dim=1, dtype=torch.int32) - 1, -1)
-        return counts, places.t()
+        torch.sum(torch.stack((is_sent, num_entries), dim=1), dim=2, dtype=torch.int32, out=counts)
+        return torch.where(is_sent, is_sent.cumsum(dim=1, dtype=torch.int32) - 1, -1).t()
 
     def pack_routes(
         self, tokens: PackedTokens, counts: torch.Tensor, places: torch.Tensor, num_rows: Callable[[], int]

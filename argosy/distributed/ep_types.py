@@ -149,18 +149,16 @@ class RowOps(Protocol):
         """-> [num_rows, W] int32: token i in row i; then rows of zeros with the ids -1."""
         ...
 
-    def count_routes(
-        self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, num_ranks: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``expert_owner: [E + 1]`` int32, the last for -1 -> counts [G, 2] int32: rows for each rank and ids of its
-        experts in them; places [T, G] int32: which of the rank's rows carries the token, -1 none.
+    def count_routes(self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """``expert_owner: [E + 1]`` int32, the last for -1 -> places [T, G] int32: which of the rank's rows carries the
+        token, -1 none. Writes ``counts: [G, 2]`` int32, contiguous: rows for each rank, and ids of its experts in them.
         """
         ...
 
     def pack_routes(
         self, tokens: PackedTokens, counts: torch.Tensor, places: torch.Tensor, num_rows: Callable[[], int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """With what ``count_routes`` gave -> message [N, W], by rank, then by token; sent_rows [T, G] int64: the
+        """With what ``count_routes`` made -> message [N, W], by rank, then by token; sent_rows [T, G] int64: the
         token's row in it, -1 none. ``num_rows()`` is N; it may wait, so it is called as late as can be.
         """
         ...

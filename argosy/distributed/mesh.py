@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.flight_recorder import FlightRecorder
-from argosy.distributed.layout import Coords, ParallelLayout
+from argosy.distributed.layout import Axis, Coords, ParallelLayout
 from argosy.distributed.rendezvous import RankStore
 from argosy.platforms.base import Platform
 
@@ -52,6 +52,26 @@ class ParallelMesh:
             ep=Communicator.local("ep"),
             leaders=Communicator.local("leaders"),
             recorder=FlightRecorder(capacity=1),
+        )
+
+    @classmethod
+    def unconnected(cls, layout: ParallelLayout, rank: int) -> "ParallelMesh":
+        """It knows sizes and places, and can send nothing: for building a rank's share without the other ranks."""
+        recorder = FlightRecorder(capacity=1)
+
+        def communicator(axis: Axis) -> Communicator:
+            ranks = layout.group_of(axis, rank)
+            return Communicator(axis, ranks, ranks.index(rank), group=None, host_group=None, recorder=recorder)
+
+        return cls(
+            layout=layout,
+            rank=rank,
+            coords=layout.coords(rank),
+            world=communicator("replica"),
+            tp=communicator("tp"),
+            ep=communicator("ep"),
+            leaders=Communicator.local("leaders"),
+            recorder=recorder,
         )
 
     @classmethod

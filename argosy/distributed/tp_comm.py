@@ -20,10 +20,6 @@ from argosy.distributed.communicator import Communicator
 class TokenSlices(Protocol):
     """This rank's share of every batch's tokens."""
 
-    def take_slice(self, x: torch.Tensor) -> torch.Tensor:
-        """``x: [T, ...]``, equal on every rank -> [t, ...]. No communication."""
-        ...
-
     def all_gather(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """``x: [t, D]``, ``num_tokens``: T -> [T, D] on every rank. Collective."""
         ...
@@ -40,9 +36,6 @@ class TokenSlices(Protocol):
 class WholeTokens:
     """The null twin: one rank holds every token."""
 
-    def take_slice(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
     def all_gather(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         return x
 
@@ -58,10 +51,6 @@ class TensorParallelTokens:
 
     def __init__(self, tp: Communicator) -> None:
         self._tp = tp
-
-    def take_slice(self, x: torch.Tensor) -> torch.Tensor:
-        start, stop = slice_bounds(x.shape[0], self._tp.size, self._tp.rank)
-        return x[start:stop]
 
     def all_gather(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         width = slice_width(num_tokens, self._tp.size)

@@ -12,7 +12,12 @@ import msgspec
 import torch
 
 from argosy.config import EngineConfig
-from argosy.distributed.dp_coord import DPCoordinator, ExchangePolicy
+from argosy.distributed.dp_coord import (
+    DPCoordinator,
+    ExchangePolicy,
+    choose_ll_max_tokens_per_rank,
+    expected_ranks_visited,
+)
 from argosy.distributed.ep_self_test import check_experts
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import RankContext
@@ -64,6 +69,7 @@ class RankWorker:
         self._context = context
         self._settings = settings
         self._config = settings.config
+        self._platform = select_platform(settings.config.device)
         self._mesh = ParallelMesh.local()
         self._dp_rank = context.layout.coords(context.rank).dp
 
@@ -76,7 +82,7 @@ class RankWorker:
         """
         config, phases, local_rank = self._config, self._context.phases, self._context.local_rank
         torch.set_num_threads(config.num_threads or max(1, num_usable_cores() // self._settings.num_local_ranks))
-        platform = select_platform(config.device)
+        platform = self._platform
         platform.make_current(local_rank)
         device = platform.device(local_rank)
         directory = resolve_model_directory(config.model)
@@ -88,17 +94,15 @@ class RankWorker:
         with phases.run("self-test"):
             run_self_test(self._mesh, device, moe_check=lambda: check_experts(self._mesh.ep, device))
         with phases.run("weights", deadline_s=config.weights_timeout_s):
-            dtype = DTYPES[config.dtype]
-            model = load_model(directory, model_config, dtype, device, self._mesh, config.ep_payload)
+            model = load_model(config, directory, model_config, self._mesh, platform, device)
         with phases.run("cache"):
             self._config = dataclasses.replace(config, num_blocks=self._agree_on_num_blocks(model_config, platform))
-            runner = build_runner(self._config, model_config, model, self._settings.num_valid_tokens, device)
-        self._device_name = platform.device_name()
-        return runner
+            return build_runner(self._config, model_config, model, self._settings.num_valid_tokens, device)
 
     def lead(self, runner: ModelRunner) -> None:
         """The loop of a replica's first rank."""
         layout, rank = self._context.layout, self._context.rank
+        model_config = load_model_config(resolve_model_directory(self._config.model))
         followers = tuple(each for each in layout.group_of("replica", rank) if each != rank)
         hub: PlanHub = open_plan_hub(self._context.store, self._dp_rank, is_one_node=self._settings.is_one_node)
         hub.receive_from(followers, self._config.startup_timeout_s)
@@ -107,13 +111,13 @@ class RankWorker:
         loop = ReplicaLoop(
             build_scheduler(self._config),
             ReplicaRanks(runner, hub, followers, lambda: self._count_stats(runner.model)),
-            policy=build_policy(self._config),
-            eos_token_ids=load_model_config(resolve_model_directory(self._config.model)).eos_token_ids,
+            policy=build_policy(self._config, model_config, layout.num_ep_ranks, self._platform),
+            eos_token_ids=model_config.eos_token_ids,
             coordinator=coordinator,
             report=driver.send,
         )
         assert self._config.num_blocks is not None
-        driver.send(ReplicaReady(self._config.num_blocks, self._config.dtype, self._device_name))
+        driver.send(ReplicaReady(self._config.num_blocks, self._config.dtype, self._platform.device_name()))
         while not loop.is_stopped:
             for command in driver.receive(waits=loop.is_asleep):
                 loop.receive(command)
@@ -153,9 +157,19 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def build_policy(config: EngineConfig) -> ExchangePolicy:
+def build_policy(config: EngineConfig, model_config: ModelConfig, ep_size: int, platform: Platform) -> ExchangePolicy:
+    ll_max = config.ll_max_tokens_per_rank
+    if ll_max is None:
+        ranks_visited = expected_ranks_visited(
+            ep_size,
+            num_experts=model_config.n_routed_experts,
+            num_experts_per_tok=model_config.num_experts_per_tok,
+            n_group=model_config.n_group,
+            topk_group=model_config.topk_group,
+        )
+        ll_max = choose_ll_max_tokens_per_rank(ep_size, ranks_visited, is_card=platform.device_type != "cpu")
     return ExchangePolicy(
         ep_mode=config.ep_mode,
-        ll_max_tokens_per_rank=config.ll_max_tokens_per_rank,
+        ll_max_tokens_per_rank=ll_max,
         ranks_per_replica=config.world_size // config.dp_size,
     )

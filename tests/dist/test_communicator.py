@@ -144,10 +144,14 @@ def fails_on_one_rank(context: PoolContext) -> None:
     context.communicator().barrier()
 
 
-def test_pool_recovers_from_a_failure(rank_pool: RankPool) -> None:
-    with pytest.raises(RuntimeError, match="rank 1: (.|\n)*planted"):
-        rank_pool.run(fails_on_one_rank, world=3)
-    rank_pool.run(ints, world=2)
+def test_pool_recovers_from_a_failure() -> None:
+    pool = RankPool(world_size=3)
+    try:
+        with pytest.raises(RuntimeError, match="rank 1: (.|\n)*planted"):
+            pool.run(fails_on_one_rank)
+        pool.run(ints, world=2)
+    finally:
+        pool.close()
 
 
 def test_one_rank_needs_no_group() -> None:

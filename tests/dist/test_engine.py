@@ -14,7 +14,8 @@ from argosy.distributed.expert_load import merge_local_counts
 from argosy.engine.generation import Result
 from argosy.engine.replica_client import ReplicasClient
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+NUM_TOKENS = 8
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETTINGS: dict[str, object] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "max_model_len": 256}
 
 
@@ -66,8 +67,8 @@ def test_an_idle_replica_takes_dummy_steps_and_counts_them(llm: LLM) -> None:
     before = llm.collect_stats()
     llm.generate([_prompts()[0]], GREEDY, data_parallel_rank=0)
     after = llm.collect_stats()
-    assert [b.num_steps - a.num_steps for a, b in zip(before, after, strict=True)] == [12, 0]
-    assert [b.num_dummy_steps - a.num_dummy_steps for a, b in zip(before, after, strict=True)] == [0, 12]
+    assert [b.num_steps - a.num_steps for a, b in zip(before, after, strict=True)] == [NUM_TOKENS, 0]
+    assert [b.num_dummy_steps - a.num_dummy_steps for a, b in zip(before, after, strict=True)] == [0, NUM_TOKENS]
     assert after[0].coordination_s > 0 and after[0].num_agreements == after[1].num_agreements
     ranks = [rank for replica in after for rank in replica.ranks]
     assert [rank.rank for rank in ranks] == [0, 1, 2, 3]
@@ -83,7 +84,9 @@ def test_expert_load_counts_every_token_once_a_layer(llm: LLM) -> None:
     llm.generate([[11, 12, 13]], GREEDY, data_parallel_rank=0)
     model = llm.model_config
     num_moe_layers = model.num_hidden_layers - model.first_k_dense_replace
-    num_tokens = 3 + 11 + 12  # prompt, output but for the last token, and the other replica's dummy tokens
+    num_tokens = (
+        3 + NUM_TOKENS - 1 + NUM_TOKENS
+    )  # prompt, output but for the last token, and the other replica's dummy tokens
     assert load() - before == num_tokens * model.num_experts_per_tok * num_moe_layers
 
 

@@ -12,7 +12,7 @@ from argosy.distributed.ep_payload import PayloadKind
 from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_types import ExchangeMode, ExchangePlan, RowOps, SumRows, TokenDispatcher
 from argosy.kernels.select import select_row_ops, select_sum_rows
-from argosy.models.deepseek.moe_layer import RoutedExperts
+from argosy.quantization.plain_scheme import PlainExperts
 from tests.helpers.loopback import LoopbackCommunicator
 
 pytestmark = [
@@ -43,7 +43,7 @@ class Trip:
                 sum_rows=kernels.sum_rows,
                 row_ops=kernels.row_ops,
             )
-            self.experts = RoutedExperts(NUM_EXPERTS // EP_SIZE, HIDDEN_SIZE, 128, torch.bfloat16)
+            self.experts = PlainExperts(NUM_EXPERTS // EP_SIZE, HIDDEN_SIZE, 128, torch.bfloat16)
             for weight in self.experts.parameters():
                 weight.copy_(torch.randn(weight.shape) * 0.1)
             self.x = torch.randn(NUM_TOKENS, HIDDEN_SIZE, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import ExpertLayout
-from argosy.distributed.ep_dispatch import build_dispatcher
+from argosy.distributed.ep_dispatch import MAX_PADDED_ROWS, build_dispatcher
 from argosy.distributed.ep_local import LocalDispatcher
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_types import EXCHANGE_MODES, ExchangeMode, ExchangePlan
@@ -143,6 +143,46 @@ def test_fixed_exchanges_send_the_agreed_number_of_rows(rank_pool: RankPool) -> 
         for dispatch, combine, _ in rank_pool.run(received_tokens, UNEVEN, mode, world=4):
             assert dispatch == {there: 3 * most * ROW_BYTES}
             assert combine == {back: 3 * most * SUM_BYTES}
+
+
+def padded_or_not(context: PoolContext, case: Case, max_tokens_per_rank: int) -> tuple[bool, torch.Tensor]:
+    ep = context.communicator()
+    dispatcher = build_dispatcher(ep, case.num_experts, low_latency_layout="padded")
+    plan = ExchangePlan("low_latency", max_tokens_per_rank)
+    dispatched = dispatcher.start_dispatch(*case.tokens(ep.rank), plan).wait()
+    expert_out = poison_unowned_rows(case.local_experts(ep.rank)(dispatched), dispatched)
+    return dispatched.is_padded, dispatcher.start_combine(expert_out, dispatched.handle).wait()
+
+
+def test_rows_are_padded_only_while_they_are_few(rank_pool: RankPool) -> None:
+    case = Case((3, 7), num_experts=8, num_experts_per_tok=3, routing="random")
+    expected = [case.expected(*case.tokens(rank)) for rank in range(2)]
+    for max_tokens_per_rank in (MAX_PADDED_ROWS // 2, MAX_PADDED_ROWS // 2 + 1):
+        for rank, (is_padded, out) in enumerate(rank_pool.run(padded_or_not, case, max_tokens_per_rank, world=2)):
+            assert is_padded == (2 * max_tokens_per_rank <= MAX_PADDED_ROWS)
+            torch.testing.assert_close(out, expected[rank], atol=FP32_OP_ATOL, rtol=1e-4)
+
+
+def two_at_once(context: PoolContext, cases: tuple[Case, Case], mode: ExchangeMode) -> list[torch.Tensor]:
+    ep = context.communicator()
+    dispatcher = build_dispatcher(ep, cases[0].num_experts)
+    flights = [
+        dispatcher.start_dispatch(*case.tokens(ep.rank), ExchangePlan(mode, max(case.num_tokens))) for case in cases
+    ]
+    dispatched = [flight.wait() for flight in flights]
+    expert_out = [case.local_experts(ep.rank)(each) for case, each in zip(cases, dispatched, strict=True)]
+    returns = [dispatcher.start_combine(out, each.handle) for out, each in zip(expert_out, dispatched, strict=True)]
+    return [flight.wait() for flight in returns]
+
+
+@pytest.mark.parametrize("mode", EXCHANGE_MODES)
+def test_a_dispatcher_carries_two_batches_at_once(rank_pool: RankPool, mode: ExchangeMode) -> None:
+    """It keeps buffers from one dispatch to the next, but nothing in them."""
+    cases = (UNEVEN, replace(UNEVEN, num_tokens=(1, 5, 0, 2), routing="one_rank", seed=3))
+    for rank, outputs in enumerate(rank_pool.run(two_at_once, cases, mode, world=4)):
+        for case, out in zip(cases, outputs, strict=True):
+            expected = case.expected(*case.tokens(rank))
+            torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-4)
 
 
 def too_many_tokens(context: PoolContext, mode: ExchangeMode) -> None:

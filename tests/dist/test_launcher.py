@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,38 +139,50 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda blow: blow.name)
-def test_ranks_do_not_outlive_the_launching_process(blow: signal.Signals, tmp_path: Path) -> None:
-    script = tmp_path / "launch.py"
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, "subprocess.Popen[str]"]]:
+    """One for each way to end it; started at once, for their imports take longest."""
+    script = tmp_path_factory.mktemp("launchers") / "launch.py"
     script.write_text(LAUNCHER_SCRIPT)
-    launcher = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-    assert launcher.stdout is not None
-    try:
-        *pids, port = map(int, launcher.stdout.readline().split())
-        shared_memory = [Path(name) for name in launcher.stdout.readline().split()]
-        assert shared_memory
-        os.kill(pids[1], signal.SIGSTOP)  # a stopped rank must go too
-        launcher.send_signal(blow)
-        launcher.wait(10)
-        # The resource tracker, a process of its own, removes the semaphores that the launcher could not.
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and (
-            any(is_alive(pid) for pid in pids) or any(path.exists() for path in shared_memory)
-        ):
-            time.sleep(0.05)
-        assert not [pid for pid in pids if is_alive(pid)]
-        assert not [path for path in shared_memory if path.exists()]
-        assert rank_entries.is_port_free(port)
-    finally:
+    launchers = {
+        blow: subprocess.Popen(
+            [sys.executable, str(script), str(script.parent)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        for blow in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    }
+    yield launchers
+    for launcher in launchers.values():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda blow: blow.name)
+def test_ranks_do_not_outlive_the_launching_process(
+    blow: signal.Signals, launchers: dict[signal.Signals, "subprocess.Popen[str]"]
+) -> None:
+    launcher = launchers[blow]
+    assert launcher.stdout is not None
+    *pids, port = map(int, launcher.stdout.readline().split())
+    shared_memory = [Path(name) for name in launcher.stdout.readline().split()]
+    assert shared_memory
+    os.kill(pids[1], signal.SIGSTOP)  # a stopped rank must go too
+    launcher.send_signal(blow)
+    launcher.wait(10)
+    # The resource tracker, a process of its own, removes the semaphores that the launcher could not.
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and (
+        any(is_alive(pid) for pid in pids) or any(path.exists() for path in shared_memory)
+    ):
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_alive(pid)]
+    assert not [path for path in shared_memory if path.exists()]
+    assert rank_entries.is_port_free(port)
 
 
 # --- places and addresses --------------------------------------------------------------------------------------------

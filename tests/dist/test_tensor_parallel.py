@@ -5,6 +5,7 @@ import torch
 
 from argosy.assets import builtin_model_directory
 from argosy.cache.rope import build_rotary_table
+from argosy.config import KVCacheDType
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
@@ -17,7 +18,6 @@ from argosy.quantization.weight_loader import load_weights
 from argosy.validation.probe import ModelProbe
 from tests.helpers.rank_pool import PoolContext, RankPool
 
-
 DIRECTORY = builtin_model_directory("argosy-tiny")
 PROMPTS = [[5 + i % 300 for i in range(130)], [9] * 70, [7]]  # past index_topk, at it, and a single token
 
@@ -26,14 +26,15 @@ def share_logits(context: PoolContext, layout: ParallelLayout, chunk_size: int) 
     return build_probe(context.mesh(layout)).logits(PROMPTS, chunk_size)
 
 
-def build_probe(mesh: ParallelMesh) -> ModelProbe:
+def build_probe(mesh: ParallelMesh, kv_cache_dtype: KVCacheDType = "auto") -> ModelProbe:
     config = load_model_config(DIRECTORY)
     model = DeepseekV32Model(config, torch.float32, mesh)
     mapping = build_weight_mapping(
         config.num_hidden_layers, config.num_nextn_predict_layers, weight_shard(config, mesh)
     )
     load_weights(model, DIRECTORY, mapping=mapping)
-    return ModelProbe(model, config, build_rotary_table(rotary_settings(config), torch.device("cpu")))
+    rotary = build_rotary_table(rotary_settings(config), torch.device("cpu"))
+    return ModelProbe(model, config, rotary, kv_cache_dtype=kv_cache_dtype)
 
 
 @pytest.mark.parametrize("chunk_size", [1000, 37])
@@ -52,7 +53,7 @@ def run_slices(context: PoolContext, num_tokens: int) -> dict[str, torch.Tensor]
     tp = context.communicator(axis="tp")
     slices = TensorParallelTokens(tp)
     x = torch.arange(num_tokens * 3, dtype=torch.float32).view(num_tokens, 3)
-    mine = slices.take_slice(x)
+    mine = x[slice(*slice_bounds(num_tokens, tp.size, tp.rank))]
     rows = torch.tensor([num_tokens - 1, 0] if num_tokens else [], dtype=torch.int64)
     return {
         "gathered": slices.all_gather(mine, num_tokens),

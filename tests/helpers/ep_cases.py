@@ -10,7 +10,7 @@ import torch
 
 from argosy.distributed.ep_payload import PayloadCodec
 from argosy.distributed.ep_types import DispatchedTokens
-from argosy.models.deepseek.moe_layer import RoutedExperts
+from argosy.quantization.plain_scheme import PlainExperts
 
 Routing = Literal["random", "one_expert", "one_rank", "some_none", "all_none"]
 EXPERT_WIDTH = 12
@@ -41,17 +41,17 @@ class Case:
         weights = torch.rand(num_tokens, self.num_experts_per_tok, generator=generator)
         return x, self._topk_ids(num_tokens, generator), weights
 
-    def experts(self, local_expert_ids: range) -> RoutedExperts:
+    def experts(self, local_expert_ids: range) -> PlainExperts:
         generator = torch.Generator().manual_seed(self.seed)
         gate_up = torch.randn(self.num_experts, 2 * EXPERT_WIDTH, self.hidden_size, generator=generator)
         down = torch.randn(self.num_experts, self.hidden_size, EXPERT_WIDTH, generator=generator)
-        experts = RoutedExperts(len(local_expert_ids), self.hidden_size, EXPERT_WIDTH, torch.float32)
+        experts = PlainExperts(len(local_expert_ids), self.hidden_size, EXPERT_WIDTH, torch.float32)
         part = slice(local_expert_ids.start, local_expert_ids.stop)
         experts.gate_up_proj.copy_(gate_up[part] * 0.2)
         experts.down_proj.copy_(down[part] * 0.3)
         return experts
 
-    def local_experts(self, rank: int) -> RoutedExperts:
+    def local_experts(self, rank: int) -> PlainExperts:
         first = rank * self.num_local_experts
         return self.experts(range(first, first + self.num_local_experts))
 

@@ -1,10 +1,13 @@
 """What ranks do in the tests of launcher, start-up and watchdog: entries, and the harness that runs and hurts them."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +16,12 @@ from argosy.distributed.launcher import Failure, RankProcesses
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import LaunchSpec, RankContext
+from argosy.distributed.startup import StartupPhases
+from argosy.engine.worker import run_worker
 from argosy.platforms.cpu import CpuPlatform
 
 TIMEOUT_S = 3.0  # of collectives, in tests
+SLOW_S = 2.5
 LAYOUT = ParallelLayout(dp_size=2, tp_size=2)
 
 
@@ -39,17 +45,39 @@ def idle_for_ever(context: RankContext) -> None:
     time.sleep(1000)
 
 
-def hang_in_phase(context: RankContext) -> None:
-    """Rank 2 never gets out of the phase named in the payload; the others wait for it, in groups or at the barrier."""
-    name = context.payload.decode()
-    with context.phases.run("fingerprints"):
-        context.store.set(f"ready/{context.rank}", "1")
-        if context.rank == 2 and name == "fingerprints":
-            time.sleep(1000)
-    with context.phases.run("groups"):
-        if context.rank == 2:
-            time.sleep(1000)
-        context.build_mesh(CpuPlatform())
+class FatalPhases(StartupPhases):
+    """A rank's own phases, but at the beginning of the one called ``fatal_name`` the process strikes itself."""
+
+    def __init__(self, context: RankContext, fatal_name: str, blow: signal.Signals) -> None:
+        self._inner, self._store = context.phases, context.store
+        self._fatal_name, self._blow = fatal_name, blow
+
+    @contextlib.contextmanager
+    def run(self, name: str, deadline_s: float | None = None) -> Iterator[None]:
+        with self._inner.run(name, deadline_s):
+            if name == self._fatal_name:
+                self._store.set("struck", "1")
+                os.kill(os.getpid(), self._blow)
+            yield
+
+    def gather(self, name: str, value: str) -> list[str]:
+        return self._inner.gather(name, value)
+
+    def compare_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
+        self._inner.compare_fingerprints(fingerprints)
+
+
+def lose_rank_2_in_phase(name: str, blow: signal.Signals, context: RankContext) -> None:
+    """Every rank is the product's own, up to there."""
+    if context.rank == 2:
+        context = dataclasses.replace(context, phases=FatalPhases(context, name, blow))
+    run_worker(context)
+
+
+def be_slow_in_a_phase(context: RankContext) -> None:
+    """Rank 1 takes longer than a collective or a sign of life may take, but not longer than a phase."""
+    with context.phases.run("weights"):
+        time.sleep(SLOW_S if context.rank == 1 else 0.0)
 
 
 def skip_a_collective(context: RankContext) -> None:

@@ -1,12 +1,21 @@
 """``agree``: one agreement from all proposals, the same on every replica."""
 
+import random
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argosy.distributed.dp_coord import DPCoordinator, ExchangePolicy, StepAgreement, StepProposal, agree
+from argosy.distributed.dp_coord import (
+    DPCoordinator,
+    ExchangePolicy,
+    StepAgreement,
+    StepProposal,
+    agree,
+    choose_ll_max_tokens_per_rank,
+    expected_ranks_visited,
+)
 
 AUTO = ExchangePolicy("auto", 64, 8)
 
@@ -67,3 +76,53 @@ def test_one_replica_agrees_with_itself() -> None:
     agreement = coordinator.agree(StepProposal(3, 40), ExchangePolicy("auto", 64, 1))
     assert agreement == StepAgreement(3, True, (40,), 40, "low_latency")
     assert coordinator.num_agreements == 1 and coordinator.coordination_s > 0
+
+
+# --- where low latency pays ------------------------------------------------------------------------------------------
+
+DEEPSEEK = {"num_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+
+
+def drawn_ranks_visited(ep_size: int, sizes: dict[str, int], num_draws: int = 4000) -> float:
+    """By the rule itself: open groups, then experts in them."""
+    rng = random.Random(0)
+    group_size, num_local_experts = sizes["num_experts"] // sizes["n_group"], sizes["num_experts"] // ep_size
+    total = 0
+    for _ in range(num_draws):
+        groups = rng.sample(range(sizes["n_group"]), sizes["topk_group"])
+        open_experts = [group * group_size + i for group in groups for i in range(group_size)]
+        total += len({expert // num_local_experts for expert in rng.sample(open_experts, sizes["num_experts_per_tok"])})
+    return total / num_draws
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "sizes"),
+    [
+        *((ep_size, DEEPSEEK) for ep_size in (1, 2, 4, 8, 16, 32)),
+        (3, {"num_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}),  # ranks across groups
+        (4, {"num_experts": 32, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}),
+    ],
+)
+def test_ranks_visited_are_those_of_drawn_tokens(ep_size: int, sizes: dict[str, int]) -> None:
+    assert expected_ranks_visited(ep_size, **sizes) == pytest.approx(drawn_ranks_visited(ep_size, sizes), rel=0.02)
+
+
+def test_ranks_visited_are_the_documents_table() -> None:
+    figures = [round(expected_ranks_visited(ep_size, **DEEPSEEK), 2) for ep_size in (2, 4, 8, 16, 32)]
+    assert figures == [1.93, 2.93, 3.63, 5.34, 6.60]
+
+
+def test_two_cards_never_count_and_more_of_them_do() -> None:
+    limits = {
+        ep_size: choose_ll_max_tokens_per_rank(ep_size, expected_ranks_visited(ep_size, **DEEPSEEK), is_card=True)
+        for ep_size in (2, 4, 16)
+    }
+    assert limits == {2: 8192, 4: 64, 16: 64}
+    assert choose_ll_max_tokens_per_rank(2, 1.93, is_card=False) == 64
+    assert _agree([8192, 0], ExchangePolicy("auto", limits[2], 1)).mode == "low_latency"
+    assert _agree([8193, 0], ExchangePolicy("auto", limits[2], 1)).mode == "high_throughput"
+
+
+def test_a_token_of_one_expert_is_not_sent_to_both_cards() -> None:
+    visited = expected_ranks_visited(2, num_experts=32, num_experts_per_tok=1, n_group=1, topk_group=1)
+    assert visited == 1.0 and choose_ll_max_tokens_per_rank(2, visited, is_card=True) == 64

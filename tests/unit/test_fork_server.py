@@ -73,3 +73,17 @@ def test_it_dies_with_its_parent(parent: "subprocess.Popen[str]") -> None:
     while is_alive(server) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert not is_alive(server)
+
+
+def test_it_ends_at_once_if_its_parent_died_while_python_started() -> None:
+    late = "import time; time.sleep(0.5); import argosy.distributed.fork_server; print('lives', flush=True)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {late!r}])"
+    run = subprocess.run(
+        [sys.executable, "-c", parent],
+        capture_output=True,  # until the server, too, has closed its end
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        timeout=30,
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("", "", 0)

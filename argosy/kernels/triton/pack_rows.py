@@ -57,14 +57,12 @@ def pack_rows(
     return message
 
 
-def count_routes(
-    topk_ids: torch.Tensor, expert_owner: torch.Tensor, num_ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``topk_ids: [T, K]``, ``expert_owner: [E + 1]`` int32 -> counts [G, 2] int32: rows for a rank, ids for it;
-    places [T, G] int32: the token's row among the rank's, -1 none.
+def count_routes(topk_ids: torch.Tensor, expert_owner: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """``topk_ids: [T, K]``, ``expert_owner: [E + 1]`` int32 -> places [T, G] int32: its row among the rank's, or
+    -1. Writes ``counts: [G, 2]`` int32, contiguous: rows for a rank, ids for it.
     """
     num_tokens, num_experts_per_tok = topk_ids.shape
-    counts = topk_ids.new_empty(num_ranks, 2)
+    num_ranks = counts.shape[0]
     places = topk_ids.new_empty(num_tokens, num_ranks)
     is_few = num_tokens <= FEW_TOKENS
     _count_routes_kernel[(num_ranks,)](
@@ -82,7 +80,7 @@ def count_routes(
         BLOCK=FEW_TOKENS if is_few else MANY_TOKENS,
         num_warps=FEW_WARPS if is_few else MANY_WARPS,
     )
-    return counts, places
+    return places
 
 
 def pack_routes(
@@ -94,7 +92,7 @@ def pack_routes(
     places: torch.Tensor,
     num_rows: Callable[[], int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """With what ``count_routes`` gave -> message [N, row_words], sent_rows [T, G] int64: the token's row in it, or -1.
+    """With what ``count_routes`` made -> message [N, row_words], sent_rows [T, G] int64: the token's row in it, or -1.
 
     ``num_rows`` waits for the host to know N; the card packs meanwhile, into as many rows as there could be.
     """

@@ -45,10 +45,8 @@ class TritonRowOps:
     def pack_rows(self, tokens: TokenColumns, num_rows: int) -> torch.Tensor:
         return pack_rows.pack_rows(tokens.payload, tokens.topk_ids, tokens.topk_weights, tokens.row_words, num_rows)
 
-    def count_routes(
-        self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, num_ranks: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return pack_rows.count_routes(topk_ids, expert_owner, num_ranks)
+    def count_routes(self, topk_ids: torch.Tensor, expert_owner: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return pack_rows.count_routes(topk_ids, expert_owner, counts)
 
     def pack_routes(
         self, tokens: TokenColumns, counts: torch.Tensor, places: torch.Tensor, num_rows: Callable[[], int]
