@@ -13,6 +13,9 @@ DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 EPMode = Literal["auto", "low_latency", "high_throughput", "all_gather"]
 EPPayload = Literal["model", "int8", "fp8"]
+QuantizationName = Literal["auto", "none", "w8a8", "fp8_block"]
+LoadFormat = Literal["auto", "dummy"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +30,9 @@ class EngineConfig:
     tokenizer: str | None = None  # a directory with tokenizer.json; None = the model's
     dtype: DTypeName = "auto"  # auto: the checkpoint's dtype on accelerators, float32 on a CPU
     device: DeviceName = "auto"  # auto: cuda where a card is present, else cpu
+    quantization: QuantizationName = "auto"  # how linears compute; auto: as the checkpoint is stored
+    load_format: LoadFormat = "auto"  # dummy: random weights instead of the checkpoint's, to measure real shapes
+    kv_cache_dtype: KVCacheDType = "auto"  # what the cache holds; auto: the model's dtype
     seed: int = 0  # seeds requests that bring none
     max_model_len: int | None = None  # longest prompt + output in tokens; None = the model's own limit
     max_num_seqs: int = 64  # requests that run at once in a replica
@@ -45,7 +51,9 @@ class EngineConfig:
     master_addr: str | None = None  # address of node 0, as the other nodes reach it
     master_port: int | None = None  # a free TCP port of node 0; None = chosen by the system, on one node only
     ep_mode: EPMode = "auto"  # how tokens reach their experts; auto: by the number of tokens of the step, agreed by all
-    ll_max_tokens_per_rank: int = 64  # auto picks low_latency up to this many tokens on the fullest rank; -1 = never
+    ll_max_tokens_per_rank: int | None = (
+        None  # low_latency up to this many on the fullest rank; None = where it pays, -1 = never
+    )
     ep_payload: EPPayload = "model"  # what tokens travel to their experts as; model: the model's own dtype
     collective_timeout_s: float = 30.0  # a collective that takes longer ends all ranks with a report
     startup_timeout_s: float = 120.0  # longest wait, in each phase of the start, for all ranks to arrive
@@ -77,6 +85,9 @@ class EngineConfig:
                 f"({self.max_num_seqs}), or running requests would starve; "
                 "raise --max-num-batched-tokens or lower --max-num-seqs"
             )
+        _check_choice("quantization", self.quantization, get_args(QuantizationName))
+        _check_choice("load_format", self.load_format, get_args(LoadFormat))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDType))
         self._check_ranks()
         self._check_nodes()
         self._check_exchange()
@@ -117,12 +128,13 @@ class EngineConfig:
     def _check_exchange(self) -> None:
         _check_choice("ep_mode", self.ep_mode, get_args(EPMode))
         _check_choice("ep_payload", self.ep_payload, get_args(EPPayload))
-        if self.ll_max_tokens_per_rank != -1 and not _is_integer(self.ll_max_tokens_per_rank, 1):
+        ll_max = self.ll_max_tokens_per_rank
+        if ll_max is not None and ll_max != -1 and not _is_integer(ll_max, 1):
             raise ValueError(
                 "ll_max_tokens_per_rank must be an integer >= 1, or -1 for never, "
-                f"got {self.ll_max_tokens_per_rank!r}; set --ll-max-tokens-per-rank"
+                f"got {ll_max!r}; set --ll-max-tokens-per-rank"
             )
-        if self.ll_max_tokens_per_rank == -1 and self.ep_mode == "low_latency":
+        if ll_max == -1 and self.ep_mode == "low_latency":
             raise ValueError(
                 "ep_mode low_latency contradicts ll_max_tokens_per_rank -1 (never); set one of --ep-mode "
                 "high_throughput and --ll-max-tokens-per-rank 64"

@@ -21,14 +21,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from argosy.cache.cache_format import build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.cache.rope import build_rotary_table
 from argosy.cli.code_version import read_commit
-from argosy.distributed.ep_dispatch import ExchangePlan
+from argosy.config import EngineConfig
+from argosy.distributed.dp_coord import StepProposal, agree
+from argosy.distributed.ep_types import ExchangePlan
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rendezvous import connect_store, read_torchrun_environment
-from argosy.engine.build_rank import rotary_settings
+from argosy.engine.build_rank import cache_dims, rotary_settings
+from argosy.engine.worker import build_policy
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.messages import AdmittedRequest, ScheduledBatch
 from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
@@ -84,7 +88,11 @@ class Bench:
             | {"num_hidden_layers": 1 + arguments.moe_layers, "model_type": "deepseek_v32"}
         )
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.ll_max, self.steps = arguments.ll_max_tokens_per_rank, arguments.steps
+        engine = EngineConfig(
+            dp_size=arguments.dp, tp_size=arguments.tp, ll_max_tokens_per_rank=arguments.ll_max_tokens_per_rank
+        )
+        self.policy = build_policy(engine, self.config, layout.num_ep_ranks, self.platform)
+        self.steps = arguments.steps
         self.model = build_model(self.config, self.dtype, self.mesh, self.device)
         self.rotary = build_rotary_table(rotary_settings(self.config), self.device)
 
@@ -95,12 +103,10 @@ class Bench:
         length = num_computed + num_tokens
         blocks = -(-length // BLOCK_SIZE)
         cache = MLAKVCache(
+            build_cache_format("auto", cache_dims(self.config), self.dtype, self.device),
             num_layers=self.config.num_hidden_layers,
             num_blocks=1 + blocks * len(share),
             block_size=BLOCK_SIZE,
-            latent_dim=self.config.latent_dim,
-            index_head_dim=self.config.index_head_dim,
-            dtype=self.dtype,
             device=self.device,
         )
         table = RowTable(max_num_seqs=len(share), max_model_len=length, block_size=BLOCK_SIZE)
@@ -126,10 +132,9 @@ class Bench:
         )
         table.apply(scheduled)
         fullest = -(-batch_size // layout.dp_size) * num_tokens
-        per_rank = -(-fullest // layout.tp_size)
-        mode = "low_latency" if per_rank <= self.ll_max else "high_throughput"
+        agreement = agree([StepProposal(0, fullest)], self.policy)
         builder = BatchBuilder(table, self.rotary, self.device)
-        return builder.build(scheduled, ExchangePlan(mode, per_rank)).forward, cache
+        return builder.build(scheduled, ExchangePlan(agreement.mode, agreement.max_tokens_per_rank)).forward, cache
 
     @torch.inference_mode()
     def logits(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
@@ -188,7 +193,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small dimensions, for a try on a CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--prefill", type=int, nargs="+", default=[2048])
-    parser.add_argument("--ll-max-tokens-per-rank", type=int, default=64)
+    parser.add_argument("--ll-max-tokens-per-rank", type=int, default=None, help="the engine's own choice")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save")
     parser.add_argument("--expect")

@@ -1,7 +1,10 @@
 """Storage of what attention remembers: latent + rope key, and the indexer's keys, in blocks.
 
-It allocates and hands out views; which block belongs to whom is ``block_manager.py``'s business. Invariant: block 0
-is the null block; its content is never read for a real token.
+It allocates and hands out views; which block belongs to whom is ``block_manager.py``'s business, and what a token's
+place holds is ``cache_format.py``'s. Invariant: block 0 is the null block; its content is never read for a real token.
+
+Shape letters: T tokens, B requests, H heads, R kv_lora_rank, P qk_rope_head_dim, C = R + P, S keys of one sequence,
+J index heads, I index_head_dim.
 """
 
 import math
@@ -10,13 +13,41 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from argosy.cache.cache_format import CacheFormat
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """One layer's cache. Views into ``MLAKVCache``: writing through them writes the cache."""
 
-    latent: torch.Tensor  # [num_blocks, block_size, R + P]: kv_latent after its norm, then k_rope after RoPE
-    index_k: torch.Tensor  # [num_blocks, block_size, index_head_dim]: after norm and RoPE
+    latent: torch.Tensor  # [num_blocks, block_size, latent_width]: kv_latent after its norm, then k_rope after RoPE
+    index_k: torch.Tensor  # [num_blocks, block_size, index_k_width]: after norm and RoPE
+    format: CacheFormat
+
+    @property
+    def block_size(self) -> int:
+        return self.latent.shape[1]
+
+    def write(self, slot_mapping: torch.Tensor, latent: torch.Tensor, index_k: torch.Tensor) -> None:
+        """``latent: [T, C]``, ``index_k: [T, I]`` to the slots [T]; -1 writes nothing."""
+        self.format.write_latent(self.latent, slot_mapping, latent)
+        self.format.write_index_k(self.index_k, slot_mapping, index_k)
+
+    def gather_latent(self, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+        """Whole sequences: [B, max_seq_len, C]; beyond a sequence's end lies anything finite."""
+        return self.format.gather_latent(self.latent, block_table, max_seq_len)
+
+    def attend_sparse(
+        self, query: torch.Tensor, topk_slots: torch.Tensor, softmax_scale: float, *, is_full: bool = False
+    ) -> torch.Tensor:
+        """``query: [T, H, C]`` on the slots [T, index_topk], -1 none; ``is_full``: there is no -1. [T, H, R]."""
+        return self.format.attend_sparse(query, self.latent, topk_slots, softmax_scale, is_full=is_full)
+
+    def index_scores(
+        self, index_q: torch.Tensor, index_weights: torch.Tensor, block_table: torch.Tensor, max_seq_len: int
+    ) -> torch.Tensor:
+        """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` on whole sequences: [B, T, max_seq_len] float32."""
+        return self.format.index_scores(index_q, self.index_k, index_weights, block_table, max_seq_len)
 
 
 class MLAKVCache:
@@ -24,22 +55,23 @@ class MLAKVCache:
 
     def __init__(
         self,
+        cache_format: CacheFormat,
         *,
         num_layers: int,
         num_blocks: int,
         block_size: int,
-        latent_dim: int,
-        index_head_dim: int,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.format = cache_format
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_layers, num_blocks, block_size)
-        self.latent = _allocate_zeros((*shape, latent_dim), dtype, device)
-        self.index_k = _allocate_zeros((*shape, index_head_dim), dtype, device)
+        self.latent = _allocate_zeros((*shape, cache_format.latent_width), cache_format.dtype, device)
+        self.index_k = _allocate_zeros((*shape, cache_format.index_k_width), cache_format.dtype, device)
         # Built once: slicing a tensor costs microseconds, and every layer of every step asks.
-        self._layers = [LayerKV(latent, index_k) for latent, index_k in zip(self.latent, self.index_k, strict=True)]
+        self._layers = [
+            LayerKV(latent, index_k, cache_format) for latent, index_k in zip(self.latent, self.index_k, strict=True)
+        ]
 
     def layer(self, layer_id: int) -> LayerKV:
         return self._layers[layer_id]
@@ -49,11 +81,10 @@ class MLAKVCache:
         return self.latent.nbytes + self.index_k.nbytes
 
 
-def kv_bytes_per_block(
-    *, num_layers: int, block_size: int, latent_dim: int, index_head_dim: int, dtype: torch.dtype
-) -> int:
+def kv_bytes_per_block(cache_format: CacheFormat, *, num_layers: int, block_size: int) -> int:
     """Bytes of one block over all layers."""
-    return num_layers * block_size * (latent_dim + index_head_dim) * dtype.itemsize
+    width = cache_format.latent_width + cache_format.index_k_width
+    return num_layers * block_size * width * cache_format.dtype.itemsize
 
 
 def _allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

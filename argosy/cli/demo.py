@@ -40,7 +40,7 @@ def run_demo(options: DemoOptions, invocation: Invocation) -> int:
     terminal = invocation.terminal
     questions = load_questions(None)
     llm = invocation.build_llm(invocation.engine_config)
-    print(f"{invocation.engine_config.model}, {llm.dtype_name} on {llm.device_name}\n", file=terminal.stdout)
+    print(f"{invocation.engine_config.model}, {llm.number_format} on {llm.device_name}\n", file=terminal.stdout)
     params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
     _warm_up(llm)
     speeds = []

@@ -1,7 +1,8 @@
 """What the commands need of the engine, as a protocol, and how the real one is built.
 
 Commands depend on this and not on ``LLM``, so they can be tested with a fake and ``argosy --help`` needs no torch.
-Invariant: only this file, ``validate.py`` and ``equality_table.py`` import the engine, inside functions.
+Invariant: only this file, ``load_plan.py``, ``validate.py`` and ``equality_table.py`` import the engine, inside
+functions.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -28,6 +29,10 @@ class LanguageModel(Protocol):
 
     @property
     def dtype_name(self) -> str: ...
+
+    @property
+    def number_format(self) -> str:
+        """The dtype, and what has fewer bits."""
 
     @property
     def device_name(self) -> str:

@@ -35,6 +35,8 @@ from argosy.cli.invocation import (
     Terminated,
 )
 from argosy.cli.language_model import BuildLanguageModel, HostRanks, build_llm, host_ranks
+from argosy.cli.load_plan import LoadPlanOptions, run_load_plan
+from argosy.cli.quantize import QuantizeOptions, run_quantize
 from argosy.cli.terminal import Terminal, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
 from argosy.config import EngineConfig
@@ -80,6 +82,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "eval": Command(options_class=EvalOptions, run=run_eval),
         "validate": Command(options_class=ValidateOptions, run=run_validate),
         "bench": Command(options_class=BenchOptions, run=run_bench),
+        "quantize": Command(options_class=QuantizeOptions, run=run_quantize, has_engine_flags=False),
         "version": Command(options_class=VersionOptions, run=run_version, has_engine_flags=False),
     }
 )
@@ -122,6 +125,9 @@ def main(
     name, parsed = parse_arguments(arguments)
     command, flags = COMMANDS[name], getattr(parsed, name)
     try:
+        if command.has_engine_flags and parsed.plan.load_plan:
+            # Before the command's own options are looked at: a plan needs no prompt.
+            return run_load_plan(_build_invocation(command, parsed, tuple(arguments), terminal, build_llm))
         options: object = build_config(command.options_class, flags)
         invocation = _build_invocation(command, parsed, tuple(arguments), terminal, build_llm)
         if invocation.engine_config.node_rank > 0:
@@ -193,6 +199,7 @@ def _build_arguments_class(name: str, command: Command) -> type:
     groups: list[tuple[str, type, Any]] = [(name, build_flag_class(command.options_class), field())]
     if command.has_engine_flags:
         groups.append(("engine", build_flag_class(EngineConfig), field()))
+        groups.append(("plan", build_flag_class(LoadPlanOptions), field()))
     if command.sampling_omits is not None:
         flags = build_flag_class(SamplingParams, omit=command.sampling_omits, defaults=SAMPLING_DEFAULTS)
         groups.append(("sampling", flags, field()))

@@ -15,7 +15,15 @@ from types import FrameType
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +75,43 @@ def show_progress(terminal: Terminal, description: str, total: int) -> Iterator[
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=terminal.stderr), transient=True) as progress:
         yield BarProgress(progress, description, total)
+
+
+class ByteProgress(Protocol):
+    def show(self, num_bytes: int, total_bytes: int) -> None: ...
+
+
+class NullByteProgress:
+    """Stderr is not a terminal: nothing to draw."""
+
+    def show(self, num_bytes: int, total_bytes: int) -> None:
+        return
+
+
+class BarByteProgress:
+    def __init__(self, progress: Progress, description: str) -> None:
+        self._progress = progress
+        self._task_id = progress.add_task(description, total=None)
+
+    def show(self, num_bytes: int, total_bytes: int) -> None:
+        self._progress.update(self._task_id, completed=num_bytes, total=total_bytes)
+
+
+@contextmanager
+def show_byte_progress(terminal: Terminal, description: str) -> Iterator[ByteProgress]:
+    """A bar with bytes per second and the time left, on stderr while the block runs, if stderr is a terminal."""
+    if not terminal.stderr.isatty():
+        yield NullByteProgress()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=terminal.stderr), transient=True) as progress:
+        yield BarByteProgress(progress, description)
 
 
 class InterruptWatch:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rich.table import Table
 
-from argosy.cli.equality_table import parse_topologies, run_equality_table
+from argosy.cli.equality_table import TableOptions, check_formats, parse_topologies, run_equality_table
 from argosy.cli.invocation import EXIT_FAILED, EXIT_OK, Invocation
 from argosy.config import EngineConfig
 
@@ -25,6 +25,7 @@ class ValidateOptions:
     greedy_tokens: tuple[int, ...] = (20, 200)  # greedy continuations to compare, in tokens
     topologies: bool = False  # start every topology and compare its greedy tokens (the first number) with one rank's
     only: tuple[str, ...] = ()  # topologies to start, dp2tp4 say; none = all of the table
+    formats: tuple[str, ...] = ("stored", "w8a8", "int8_cache")  # number formats of the table; fp8_cache is another
     debug: bool = False  # show tracebacks
 
     def __post_init__(self) -> None:
@@ -35,6 +36,7 @@ class ValidateOptions:
         if self.only and not self.topologies:
             raise ValueError(f"--only {' '.join(self.only)} names topologies; add --topologies")
         parse_topologies(self.only)
+        check_formats(self.formats)
 
 
 class GateResult(Protocol):
@@ -61,7 +63,10 @@ RunGates = Callable[[EngineConfig, ValidateOptions], Iterable[GateResult]]
 
 def run_validate(options: ValidateOptions, invocation: Invocation, run_gates: RunGates | None = None) -> int:
     if options.topologies:
-        return run_equality_table(options.only, options.greedy_tokens[0], invocation)
+        options_of_table = TableOptions(
+            topologies=options.only, formats=options.formats, greedy_tokens=options.greedy_tokens[0]
+        )
+        return run_equality_table(options_of_table, invocation)
     results = list((run_gates or run_oracle_gates)(invocation.engine_config, options))
     table = Table("gate", "measured", "threshold", "passed", "detail")
     for result in results:

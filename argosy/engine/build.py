@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from argosy.assets import BUILTIN_MODELS, builtin_model_directory
+from argosy.cache.cache_format import check_cache_format
 from argosy.config import DTypeName, EngineConfig
 from argosy.distributed.layout import ModelSizes, ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
@@ -22,22 +23,24 @@ from argosy.engine.build_rank import (
     DTYPES,
     build_runner,
     build_scheduler,
+    cache_dims,
     check_num_blocks,
     load_model,
     measure_num_blocks,
 )
 from argosy.engine.engine_core import EngineCore
 from argosy.engine.tokenizer import Tokenizer
+from argosy.engine.weight_format import choose_quantization
 from argosy.models.deepseek.config import ModelConfig, load_model_config
 from argosy.platforms import Platform, select_platform
-from argosy.quantization.weight_loader import ProgressCallback
+from argosy.quantization.load_progress import ProgressCallback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
     """What is known before any process is started or any weight is read."""
 
-    config: EngineConfig  # as given, with max_model_len and dtype filled in
+    config: EngineConfig  # as given, with max_model_len, dtype and quantization filled in
     layout: ParallelLayout
     directory: Path
     model_config: ModelConfig
@@ -49,7 +52,7 @@ class Preparation:
 class BuiltEngine:
     """An engine in this process and what its callers need beside it."""
 
-    config: EngineConfig  # as given, with max_model_len, num_blocks and dtype filled in
+    config: EngineConfig  # as given, with max_model_len, num_blocks, dtype and quantization filled in
     model_config: ModelConfig
     tokenizer: Tokenizer
     platform: Platform
@@ -85,6 +88,7 @@ def prepare(config: EngineConfig) -> Preparation:
     directory = resolve_model_directory(config.model)
     model_config = load_model_config(directory)
     layout.check_model(_model_sizes(model_config))
+    check_cache_format(config.kv_cache_dtype, cache_dims(model_config))
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     tokenizer.check_matches(model_config.vocab_size)
     platform = select_platform(config.device)
@@ -92,6 +96,7 @@ def prepare(config: EngineConfig) -> Preparation:
         config,
         max_model_len=_resolve_max_model_len(config, model_config),
         dtype=_resolve_dtype(config, model_config, platform),
+        quantization=choose_quantization(config, directory, platform).kind,
     )
     return Preparation(
         config=resolved,
@@ -123,7 +128,7 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: ProgressCal
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model = load_model(
-        prepared.directory, model_config, dtype, device, ParallelMesh.local(), config.ep_payload, on_progress
+        config, prepared.directory, model_config, ParallelMesh.local(), prepared.platform, device, on_progress
     )
     num_blocks = measure_num_blocks(config, model_config, dtype, prepared.platform, 1)
     check_num_blocks(config, num_blocks)

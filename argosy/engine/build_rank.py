@@ -10,16 +10,21 @@ from pathlib import Path
 import torch
 
 from argosy.cache.block_manager import BlockManager
+from argosy.cache.cache_format import CacheDims, build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
 from argosy.cache.rope import RotarySettings, build_rotary_table
-from argosy.config import DTypeName, EngineConfig, EPPayload
+from argosy.config import DTypeName, EngineConfig
 from argosy.distributed.mesh import ParallelMesh
 from argosy.engine.scheduler import Scheduler
-from argosy.models.deepseek.checkpoint import build_weight_mapping
+from argosy.engine.weight_format import choose_quantization
+from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
 from argosy.platforms import Platform
-from argosy.quantization.weight_loader import ProgressCallback, load_weights
+from argosy.quantization.checkpoint_format import CheckpointQuantization
+from argosy.quantization.dummy_weights import fill_with_dummy_weights
+from argosy.quantization.load_progress import ProgressCallback
+from argosy.quantization.weight_loader import load_weights
 from argosy.runner.model_runner import ModelRunner
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
@@ -31,22 +36,41 @@ _WORKSPACE_BYTES = 2**30  # left free on an accelerator for activations
 
 
 def load_model(
+    config: EngineConfig,
     directory: Path,
     model_config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
     mesh: ParallelMesh,
-    ep_payload: EPPayload,
+    platform: Platform,
+    device: torch.device,
     on_progress: ProgressCallback | None = None,
 ) -> DeepseekV32Model:
-    """This rank's share, filled."""
-    with torch.device(device):
-        model = DeepseekV32Model(model_config, dtype, mesh, ep_payload=ep_payload)
+    """This rank's share, filled. ``config``: with ``dtype`` filled in."""
+    quantization = choose_quantization(config, directory, platform)
+    model = build_model(config, model_config, quantization, mesh, device)
     mapping = build_weight_mapping(
         model_config.num_hidden_layers, model_config.num_nextn_predict_layers, weight_shard(model_config, mesh)
     )
-    load_weights(model, directory, mapping=mapping, block_size=model_config.weight_block_size, on_progress=on_progress)
+    block_size = quantization.block_size
+    if config.load_format == "dummy":
+        shapes = checkpoint_shapes(model_config)
+        fill_with_dummy_weights(model, shapes, mapping, block_size=block_size, on_progress=on_progress)
+    else:
+        load_weights(model, directory, mapping=mapping, block_size=block_size, on_progress=on_progress)
     return model.eval()
+
+
+def build_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    quantization: CheckpointQuantization,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> DeepseekV32Model:
+    """This rank's share, with uninitialised parameters; on the meta device, with none."""
+    with torch.device(device):
+        return DeepseekV32Model(
+            model_config, DTYPES[config.dtype], mesh, ep_payload=config.ep_payload, quantization=quantization
+        )
 
 
 def measure_num_blocks(
@@ -55,12 +79,10 @@ def measure_num_blocks(
     """Blocks of this rank's cache, the null block included: what was asked for, else what fits and can be used."""
     if config.num_blocks is not None:
         return config.num_blocks
+    # On no device: only its sizes are asked for.
+    cache_format = build_cache_format(config.kv_cache_dtype, cache_dims(model_config), dtype, torch.device("meta"))
     block_bytes = kv_bytes_per_block(
-        num_layers=model_config.num_hidden_layers,
-        block_size=config.block_size,
-        latent_dim=model_config.latent_dim,
-        index_head_dim=model_config.index_head_dim,
-        dtype=dtype,
+        cache_format, num_layers=model_config.num_hidden_layers, block_size=config.block_size
     )
     cache_bytes = config.kv_cache_memory_bytes
     if cache_bytes is None:
@@ -91,12 +113,10 @@ def build_runner(
     """``config``: with ``max_model_len``, ``num_blocks`` and ``dtype`` filled in."""
     assert config.num_blocks is not None and config.max_model_len is not None
     cache = MLAKVCache(
+        build_cache_format(config.kv_cache_dtype, cache_dims(model_config), DTYPES[config.dtype], device),
         num_layers=model_config.num_hidden_layers,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
-        latent_dim=model_config.latent_dim,
-        index_head_dim=model_config.index_head_dim,
-        dtype=DTYPES[config.dtype],
         device=device,
     )
     row_table = RowTable(
@@ -148,6 +168,14 @@ def rotary_settings(model_config: ModelConfig) -> RotarySettings:
         original_max_positions=yarn.original_max_position_embeddings,
         beta_fast=yarn.beta_fast,
         beta_slow=yarn.beta_slow,
+    )
+
+
+def cache_dims(model_config: ModelConfig) -> CacheDims:
+    return CacheDims(
+        kv_lora_rank=model_config.kv_lora_rank,
+        qk_rope_head_dim=model_config.qk_rope_head_dim,
+        index_head_dim=model_config.index_head_dim,
     )
 
 

@@ -39,7 +39,7 @@ _ROOT_CAUSE_S = 5.0  # from the first sign of trouble until the launcher knows t
 class RunningEngine:
     """An engine and what its callers need beside it."""
 
-    config: EngineConfig  # as given, with max_model_len, num_blocks and dtype filled in
+    config: EngineConfig  # as given, with max_model_len, num_blocks, dtype and quantization filled in
     model_config: ModelConfig
     tokenizer: Tokenizer
     device_name: str  # what the hardware calls itself
@@ -78,7 +78,7 @@ def host_ranks(config: EngineConfig) -> None:
     """
     _check_place(config, read_torchrun_environment(os.environ))
     prepared = prepare(config)
-    processes = RankProcesses.start(run_worker, _build_spec(prepared, None))
+    processes = RankProcesses.start(run_worker, build_spec(prepared, None))
     try:
         failure = processes.wait()
     finally:
@@ -161,7 +161,7 @@ def _adopt(built: BuiltEngine, started_s: float) -> RunningEngine:
 
 
 def _start_ranks(prepared: Preparation, place: TorchrunPlace | None, started_s: float) -> RunningEngine:
-    spec = _build_spec(prepared, place)
+    spec = build_spec(prepared, place)
     if place is not None and place.rank > 0:
         become_rank(run_worker, spec)
     config = prepared.config
@@ -206,7 +206,7 @@ def _wait_for_replicas(link: ProcessLink, config: EngineConfig) -> list[ReplicaR
     return [ready[dp_rank] for dp_rank in range(config.dp_size)]
 
 
-def _build_spec(prepared: Preparation, place: TorchrunPlace | None) -> LaunchSpec:
+def build_spec(prepared: Preparation, place: TorchrunPlace | None) -> LaunchSpec:
     config = prepared.config
     num_local_ranks = config.world_size // config.nnodes if place is None else place.num_local_ranks
     _check_devices(prepared, num_local_ranks)

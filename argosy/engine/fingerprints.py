@@ -35,7 +35,7 @@ def build_fingerprints(config: EngineConfig, directory: Path, device_type: str) 
         files = {
             "config.json": _hash_file(directory / "config.json"),
             "tokenizer.json": _hash_file(tokenizer_directory / "tokenizer.json"),
-            "weight files": _hash_shards(directory),
+            "weight files": _describe_weights(config, directory),
         }
     except OSError as error:
         raise RuntimeError(f"cannot read {error.filename}: {error.strerror}; check --model") from error
@@ -45,6 +45,11 @@ def build_fingerprints(config: EngineConfig, directory: Path, device_type: str) 
         "Python version": ".".join(platform.python_version_tuple()[:2]),
     }
     return {**settings, "device": device_type, **files, **versions}
+
+
+def _describe_weights(config: EngineConfig, directory: Path) -> str:
+    """Made weights follow from config.json and the settings, and files beside them do not matter."""
+    return "none, load_format dummy" if config.load_format == "dummy" else _hash_shards(directory)
 
 
 def _hash_file(path: Path) -> str:

@@ -17,7 +17,16 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from argosy.config import DeviceName, DTypeName, EngineConfig, EPMode, EPPayload
+from argosy.config import (
+    DeviceName,
+    DTypeName,
+    EngineConfig,
+    EPMode,
+    EPPayload,
+    KVCacheDType,
+    LoadFormat,
+    QuantizationName,
+)
 from argosy.engine.build import BuiltEngine
 from argosy.engine.deployment import RunningEngine, deploy, end_engine
 from argosy.engine.deployment_stats import summarize_stats
@@ -50,6 +59,9 @@ class LLM:
         tokenizer: str | None = None,
         dtype: DTypeName = "auto",
         device: DeviceName = "auto",
+        quantization: QuantizationName = "auto",
+        load_format: LoadFormat = "auto",
+        kv_cache_dtype: KVCacheDType = "auto",
         seed: int = 0,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -68,7 +80,7 @@ class LLM:
         master_addr: str | None = None,
         master_port: int | None = None,
         ep_mode: EPMode = "auto",
-        ll_max_tokens_per_rank: int = 64,
+        ll_max_tokens_per_rank: int | None = None,
         ep_payload: EPPayload = "model",
         collective_timeout_s: float = 30.0,
         startup_timeout_s: float = 120.0,
@@ -81,6 +93,9 @@ class LLM:
             tokenizer=tokenizer,
             dtype=dtype,
             device=device,
+            quantization=quantization,
+            load_format=load_format,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -159,6 +174,17 @@ class LLM:
     @property
     def dtype_name(self) -> str:
         return self._settings.dtype
+
+    @property
+    def number_format(self) -> str:
+        """The dtype, and what is computed or cached in fewer bits: "float32", "bfloat16, w8a8, int8 cache"."""
+        config = self._settings
+        parts: list[str] = [config.dtype]
+        if config.quantization != "none":
+            parts.append(config.quantization)
+        if config.kv_cache_dtype != "auto":
+            parts.append(f"{config.kv_cache_dtype} cache")
+        return ", ".join(parts)
 
     @property
     def device_name(self) -> str:

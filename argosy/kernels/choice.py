@@ -3,9 +3,11 @@
 It computes nothing. Invariant: every implementation of an operation gives what ``reference.py`` gives.
 """
 
+from types import ModuleType
+
 import torch
 
-from argosy.kernels import cpu, reference
+from argosy.kernels import cpu, cpu_w8a8, device_fp8, device_w8a8, reference, reference_fp8
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,3 +52,53 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """See ``reference.grouped_mlp``."""
     return (cpu if x.is_cpu else reference).grouped_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert)
+
+
+def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8``."""
+    return _w8a8_of(x).linear_w8a8(x, weight, weight_scale)
+
+
+def grouped_mlp_w8a8(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8``."""
+    return _w8a8_of(x).grouped_mlp_w8a8(x, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert)
+
+
+def grouped_mlp_w8a8_masked(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8_masked``."""
+    return _w8a8_of(x).grouped_mlp_w8a8_masked(
+        x, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert
+    )
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
+) -> torch.Tensor:
+    """See ``reference_fp8.linear_fp8``."""
+    chosen = reference_fp8 if x.is_cpu else device_fp8
+    return chosen.linear_fp8(x, weight, weight_scale_inv, has_ue8m0_scales=has_ue8m0_scales)
+
+
+def _w8a8_of(x: torch.Tensor) -> ModuleType:
+    if x.is_cpu:
+        return cpu_w8a8
+    if not x.is_cuda:
+        return device_w8a8
+    # Triton is installed with CUDA's torch only.
+    from argosy.kernels.triton import w8a8
+
+    return w8a8

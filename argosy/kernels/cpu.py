@@ -67,13 +67,15 @@ def route_grouped_topk(
     num_tokens, num_experts = router_logits.shape
     scores = router_logits.sigmoid().numpy()
     biased = scores + correction_bias.numpy()
+    row = np.arange(num_tokens)[:, None]
     if n_group > 1:
         grouped = biased.reshape(num_tokens, n_group, num_experts // n_group)
-        group_scores = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)  # [T, n_group]
+        ascending = np.sort(grouped, axis=2)
+        group_scores = ascending[:, :, -1] + ascending[:, :, -2]  # [T, n_group]
         dropped = (-group_scores).argsort(axis=1, kind="stable")[:, topk_group:]
-        np.put_along_axis(grouped, dropped[:, :, None], -np.inf, axis=1)
+        grouped[row, dropped] = -np.inf
     topk_ids = (-biased).argsort(axis=1, kind="stable")[:, :num_experts_per_tok]
-    weights = np.take_along_axis(scores, topk_ids, axis=1)
+    weights = scores[row, topk_ids]
     if norm_topk_prob:
         weights /= weights.sum(axis=1, keepdims=True)
     weights *= np.float32(routed_scaling_factor)

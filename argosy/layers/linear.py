@@ -1,42 +1,44 @@
 """Linear layers without bias, whole or one tensor-parallel rank's share. They never communicate.
 
-Invariant: the weight is [out_features, in_features], as checkpoints store it, and holds this rank's part alone.
+What a linear is made of is its scheme's business; here is which share of it a rank holds. Invariant: weights are
+[out_features, in_features], as checkpoints store them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from argosy.kernels import linear_fp32
+from argosy.quantization.linear_shape import LinearShape
+from argosy.quantization.plain_scheme import PlainLinear
+from argosy.quantization.scheme import Schemes
 
 
-class Linear(nn.Module):
-    """``x: [T, in]`` -> [T, out] in the weight's dtype. The weight is uninitialised until the loader fills it."""
-
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+def build_linear(schemes: Schemes, name: str, in_features: int, out_features: int) -> nn.Module:
+    """Whole on every rank: ``x: [T, in]`` -> [T, out]."""
+    return schemes.build_linear((name,), LinearShape(in_features=in_features, out_features=out_features))
 
 
-class ColumnParallelLinear(Linear):
-    """Rank r's ``out_features / tp_size`` outputs, from all inputs: its heads, or its part of an MLP's width."""
+def build_column_parallel(
+    schemes: Schemes, names: str | tuple[str, ...], in_features: int, out_features: int, tp_size: int
+) -> nn.Module:
+    """Rank r's ``out_features / tp_size`` outputs, from all inputs: its heads, or its part of an MLP's width.
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, tp_size: int) -> None:
-        super().__init__(in_features, out_features // tp_size, dtype)
+    Several ``names`` are computed as one: each gives ``out_features`` outputs, in their order.
+    """
+    names = (names,) if isinstance(names, str) else names
+    shape = LinearShape(in_features=in_features, out_features=out_features, out_parts=tp_size, num_joined=len(names))
+    return schemes.build_linear(names, shape)
 
 
-class RowParallelLinear(Linear):
+def build_row_parallel(schemes: Schemes, name: str, in_features: int, out_features: int, tp_size: int) -> nn.Module:
     """All outputs from rank r's ``in_features / tp_size`` inputs: a partial sum, which the caller reduces over tp."""
+    return schemes.build_linear(
+        (name,), LinearShape(in_features=in_features, out_features=out_features, in_parts=tp_size)
+    )
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, tp_size: int) -> None:
-        super().__init__(in_features // tp_size, out_features, dtype)
 
-
-class Fp32Linear(Linear):
-    """A linear whose output is float32 whatever its input: index weights."""
+class Fp32Linear(PlainLinear):
+    """A linear whose output is float32 whatever its input, and which is never quantised: index weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear_fp32(x, self.weight)

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from argosy.kernels import silu_mul
-from argosy.layers.linear import ColumnParallelLinear, RowParallelLinear
+from argosy.layers.linear import build_column_parallel, build_row_parallel
+from argosy.quantization.scheme import Schemes
 
 
 class GatedMLP(nn.Module):
@@ -13,10 +14,12 @@ class GatedMLP(nn.Module):
     With ``tp_size`` > 1 the output is a partial sum, which the caller reduces over tp.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype, tp_size: int = 1) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, schemes: Schemes, tp_size: int = 1) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallelLinear(hidden_size, 2 * intermediate_size, dtype, tp_size)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, dtype, tp_size)
+        self.gate_up_proj = build_column_parallel(
+            schemes, ("gate_proj", "up_proj"), hidden_size, intermediate_size, tp_size
+        )
+        self.down_proj = build_row_parallel(schemes, "down_proj", intermediate_size, hidden_size, tp_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_mul(self.gate_up_proj(x)))

@@ -20,6 +20,11 @@ class Platform(ABC):
     device_type: str
     comm_backend: str  # what torch.distributed calls the library that connects such devices
 
+    @property
+    @abstractmethod
+    def has_fp8_compute(self) -> bool:
+        """Whether the device multiplies FP8 numbers, in blocks with scales."""
+
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
         """The device of the ``local_rank``-th process on this node."""
@@ -43,6 +48,10 @@ class Platform(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything started on the device is done."""
+
+    @abstractmethod
+    def computes_fp8(self) -> bool:
+        """Whether matrix units take FP8, so that weights stored in it need no dequantising."""
 
     @abstractmethod
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from argosy.platforms.base import MemoryInfo, Platform
 class CpuPlatform(Platform):
     device_type = "cpu"
     comm_backend = "gloo"
+    has_fp8_compute = False
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
@@ -37,6 +38,9 @@ class CpuPlatform(Platform):
 
     def synchronize(self) -> None:
         return None
+
+    def computes_fp8(self) -> bool:
+        return False
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """float32: small bf16 products are several times slower than float32 ones on CPUs (docs/log.md)."""

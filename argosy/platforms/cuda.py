@@ -9,6 +9,10 @@ class CudaPlatform(Platform):
     device_type = "cuda"
     comm_backend = "nccl"
 
+    @property
+    def has_fp8_compute(self) -> bool:
+        return torch.cuda.get_device_capability() >= (9, 0)
+
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cuda", local_rank)
 
@@ -27,6 +31,9 @@ class CudaPlatform(Platform):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def computes_fp8(self) -> bool:
+        return torch.cuda.get_device_capability() >= (9, 0)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         return checkpoint_dtype

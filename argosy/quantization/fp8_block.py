@@ -7,7 +7,7 @@ block of a row or column may be ragged (``kv_a_proj_with_mqa`` has 576 rows: fou
 
 import torch
 
-from argosy.quantization.weight_plan import scale_inv_shape
+from argosy.quantization.stored_tensors import scale_inv_shape
 
 DEFAULT_BLOCK_SIZE = (128, 128)
 
@@ -37,28 +37,31 @@ def dequantize_fp8_block_into(
     weight: torch.Tensor,
     scale_inv: torch.Tensor,
     block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    origin: tuple[int, int] = (0, 0),
 ) -> None:
     """As ``dequantize_fp8_block``, but written to ``out`` [N, K], which may be a view and have any float dtype.
 
-    Temporary memory is one row of blocks in fp32, not a second copy of the weight.
+    Temporary memory is one row of blocks in fp32, not a second copy of the weight. A part of a weight that begins
+    inside a block says where: ``origin`` is its corner's place in its first block, and ``scale_inv`` holds the scales
+    of the blocks that it touches.
     """
-    _check(weight, scale_inv, block_size)
+    _check(weight, scale_inv, block_size, origin)
     num_rows, num_columns = weight.shape
     # One scale per row block and *column*: repeating only the columns costs 1/32 of the weight and fits ragged blocks.
-    column_scale = scale_inv.repeat_interleave(block_size[1], dim=1)[:, :num_columns]
-    for block, start in enumerate(range(0, num_rows, block_size[0])):
-        rows = slice(start, min(start + block_size[0], num_rows))
+    column_scale = scale_inv.repeat_interleave(block_size[1], dim=1)[:, origin[1] : origin[1] + num_columns]
+    for block, start in enumerate(range(-origin[0], num_rows, block_size[0])):
+        rows = slice(max(start, 0), min(start + block_size[0], num_rows))
         out[rows] = (
             weight[rows].float() * column_scale[block]
         )  # NOTE(numerics): fp32 product, one rounding to out.dtype
 
 
-def _check(weight: torch.Tensor, scale_inv: torch.Tensor, block_size: tuple[int, int]) -> None:
+def _check(weight: torch.Tensor, scale_inv: torch.Tensor, block_size: tuple[int, int], origin: tuple[int, int]) -> None:
     if weight.dtype != torch.float8_e4m3fn or weight.dim() != 2:
         raise ValueError(
             f"an FP8 block weight must be 2-dimensional float8_e4m3fn, got {list(weight.shape)} {weight.dtype}"
         )
-    expected = scale_inv_shape(tuple(weight.shape), block_size)
+    expected = scale_inv_shape((weight.shape[0] + origin[0], weight.shape[1] + origin[1]), block_size)
     if scale_inv.dtype != torch.float32 or tuple(scale_inv.shape) != expected:
         raise ValueError(
             f"weight_scale_inv of a {list(weight.shape)} weight in blocks of {list(block_size)} must be "

@@ -7,6 +7,7 @@ returned lies inside its file, tensors tile the file without gap or overlap, and
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,14 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What changes when a file is written to or replaced."""
+
+    num_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """Where one tensor lies and what it is."""
 
@@ -36,6 +45,7 @@ class TensorHeader:
     file: Path
     start_byte: int  # from the beginning of the file
     stop_byte: int
+    stamp: FileStamp | None = None  # of the file, when its header was read; None: there is no file
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +82,8 @@ def read_shard_headers(file: Path) -> dict[str, TensorHeader]:
     """Every tensor of one safetensors file."""
     try:
         with file.open("rb") as stream:
-            num_file_bytes = file.stat().st_size
+            stamp = stamp_of(stream.fileno())
+            num_file_bytes = stamp.num_bytes
             prefix = stream.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise ValueError(
@@ -88,9 +99,26 @@ def read_shard_headers(file: Path) -> dict[str, TensorHeader]:
             raw_header = stream.read(num_header_bytes)
     except OSError as error:
         raise RuntimeError(f"cannot read {file}: {error.strerror}; check the path and its permissions") from error
-    headers = _parse_header(file, raw_header, data_start=_LENGTH_BYTES + num_header_bytes)
+    if len(raw_header) < num_header_bytes:
+        raise RuntimeError(f"{file} became shorter while its header was read; load it when nothing writes to it")
+    headers = _parse_header(file, raw_header, _LENGTH_BYTES + num_header_bytes, stamp)
     _check_layout(file, headers, _LENGTH_BYTES + num_header_bytes, num_file_bytes)
     return headers
+
+
+def stamp_of(descriptor: int) -> FileStamp:
+    """Of an open file."""
+    status = os.fstat(descriptor)
+    return FileStamp(status.st_size, status.st_mtime_ns)
+
+
+def count_header_bytes(directory: Path, headers: Iterable[TensorHeader]) -> int:
+    """What ``read_headers`` read to tell these: the index and the shards' heads. Tensors tile the rest of a shard."""
+    first_byte: dict[Path, int] = {}
+    for header in headers:
+        first_byte[header.file] = min(header.start_byte, first_byte.get(header.file, header.start_byte))
+    index = directory / INDEX_NAME
+    return sum(first_byte.values()) + (index.stat().st_size if index.is_file() else 0)
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -159,7 +187,7 @@ def _check_index(index: Path, weight_map: dict[str, str], headers: dict[str, Ten
             raise ValueError(f"{index} says {name!r} is in {shard_name!r}, but it is in {headers[name].file.name!r}")
 
 
-def _parse_header(file: Path, raw_header: bytes, data_start: int) -> dict[str, TensorHeader]:
+def _parse_header(file: Path, raw_header: bytes, data_start: int, stamp: FileStamp) -> dict[str, TensorHeader]:
     try:
         content: object = json.loads(raw_header)
     except (ValueError, RecursionError) as error:
@@ -169,11 +197,13 @@ def _parse_header(file: Path, raw_header: bytes, data_start: int) -> dict[str, T
     if not isinstance(content, dict):
         raise ValueError(f"{file} is no safetensors file: its header is not a JSON object; download it again")
     return {
-        name: _parse_entry(file, name, entry, data_start) for name, entry in content.items() if name != "__metadata__"
+        name: _parse_entry(file, name, entry, data_start, stamp)
+        for name, entry in content.items()
+        if name != "__metadata__"
     }
 
 
-def _parse_entry(file: Path, name: str, entry: object, data_start: int) -> TensorHeader:
+def _parse_entry(file: Path, name: str, entry: object, data_start: int, stamp: FileStamp) -> TensorHeader:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not (isinstance(dtype, str) and _is_sizes(shape) and _is_sizes(offsets) and len(cast(list[int], offsets)) == 2):
@@ -187,7 +217,7 @@ def _parse_entry(file: Path, name: str, entry: object, data_start: int) -> Tenso
             f"{file}: {name!r} of shape {shape} and dtype {dtype} takes {num_bytes} bytes, but data_offsets {offsets} "
             f"hold {stop - start}"
         )
-    return TensorHeader(tuple(cast(list[int], shape)), dtype, file, data_start + start, data_start + stop)
+    return TensorHeader(tuple(cast(list[int], shape)), dtype, file, data_start + start, data_start + stop, stamp)
 
 
 def _is_sizes(value: object) -> bool:

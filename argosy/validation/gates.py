@@ -42,11 +42,13 @@ class GateInputs:
 
     def build_probe(self) -> ModelProbe:
         runner = self.engine.core.runner
-        return ModelProbe(runner.model, self.engine.model_config, runner.rotary)
+        kv_cache_dtype = self.engine.config.kv_cache_dtype
+        return ModelProbe(runner.model, self.engine.model_config, runner.rotary, kv_cache_dtype=kv_cache_dtype)
 
     @property
     def is_float32(self) -> bool:
-        return self.engine.config.dtype == "float32"
+        """Throughout: an 8-bit cache has bfloat16's trouble, and more of it."""
+        return self.engine.config.dtype == "float32" and self.engine.config.kv_cache_dtype == "auto"
 
 
 def run_gates(inputs: GateInputs, *, greedy_lengths: tuple[int, ...] = (20, 200)) -> Iterator[GateResult]:

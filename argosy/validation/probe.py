@@ -8,7 +8,10 @@ import dataclasses
 
 import torch
 
+from argosy.cache.cache_format import build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.config import KVCacheDType
+from argosy.engine.build_rank import cache_dims
 from argosy.kernels import RotaryTable
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.messages import AdmittedRequest, ScheduledBatch
@@ -24,10 +27,18 @@ _BLOCK_SIZE = 16
 class ModelProbe:
     """A model with a cache of its own."""
 
-    def __init__(self, model: DeepseekV32Model, config: ModelConfig, rotary: RotaryTable) -> None:
+    def __init__(
+        self,
+        model: DeepseekV32Model,
+        config: ModelConfig,
+        rotary: RotaryTable,
+        *,
+        kv_cache_dtype: KVCacheDType = "auto",
+    ) -> None:
         self._model, self._config, self._rotary = model, config, rotary
         self._device = rotary.cos.device
         self._dtype = model.model.embed_tokens.weight.dtype
+        self._format = build_cache_format(kv_cache_dtype, cache_dims(config), self._dtype, self._device)
 
     @torch.inference_mode()
     def hidden_states(self, prompts: list[list[int]], chunk_size: int) -> list[torch.Tensor]:
@@ -54,6 +65,14 @@ class ModelProbe:
         return self._model(batch, cache)
 
     @torch.inference_mode()
+    def fill_cache(self, prompts: list[list[int]], chunk_size: int) -> MLAKVCache:
+        """The cache after the prompts, as this rank holds it."""
+        cache, batches = self._plan(prompts, chunk_size)
+        for _, _, batch in batches:
+            self._model(batch, cache)
+        return cache
+
+    @torch.inference_mode()
     def layer_output(self, layer_id: int, hidden_in: torch.Tensor) -> torch.Tensor:
         """What one layer makes of given hidden states [T, D] of one sequence, in one piece."""
         num_tokens = hidden_in.shape[0]
@@ -69,12 +88,10 @@ class ModelProbe:
         longest = max(len(prompt) for prompt in prompts)
         blocks = -(-longest // _BLOCK_SIZE)
         cache = MLAKVCache(
+            self._format,
             num_layers=self._config.num_hidden_layers,
             num_blocks=1 + blocks * len(prompts),
             block_size=_BLOCK_SIZE,
-            latent_dim=self._config.latent_dim,
-            index_head_dim=self._config.index_head_dim,
-            dtype=self._dtype,
             device=self._device,
         )
         table = RowTable(max_num_seqs=len(prompts), max_model_len=longest, block_size=_BLOCK_SIZE)

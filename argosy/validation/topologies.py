@@ -1,12 +1,13 @@
 """The equality table: one model, many topologies, the same greedy tokens.
 
 Every row starts a deployment and runs the same prompts through every way in which its ranks can exchange tokens,
-prefill and share out requests; one rank, whole prefill, is what all are compared with. It judges, it does not print. A
-feature that changes how tokens are computed adds a column or a row here. Invariant: a cell that passes has compared at
-least one token.
+prefill and share out requests; one rank of the same number format, whole prefill, is what all are compared with
+(``number_formats.py``). It judges, it does not print. A feature that changes how tokens are computed adds a column or a
+row here. Invariant: a cell that passes has compared at least one token.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,12 +17,11 @@ from argosy.config import EngineConfig, EPMode
 from argosy.engine.generation import LLM
 from argosy.messages import CompletionOutput, RequestOutput
 from argosy.sampling_params import SamplingParams
+from argosy.validation.number_formats import NumberFormat, Tolerance
 
-LOGPROB_DIFFERENCE = 1e-4  # float32: sums in another order, nothing else
-# NOTE(numerics): in bfloat16 one flipped near-tie changes every token after it, and random prompts are full of them.
-BFLOAT16_AGREEMENT = 0.5
 CHUNK_TOKENS = 48  # of a chunked prefill: less than any prompt's length, so that chunks of several requests mix
 MAX_NUM_SEQS = 16
+NUM_TOP = 5  # alternatives whose log probabilities are known at a difference
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -67,13 +67,14 @@ class WayResult:
     num_tokens: int  # compared
     num_equal: int  # before the first difference, over all requests
     logprob_difference: float  # the largest, over the equal tokens
-    is_exact: bool  # float32: everything must be equal; else the figures are reported
+    largest_gap: float  # see ``_gap``; 0 if all tokens are equal
+    tolerance: Tolerance
 
     @property
     def passed(self) -> bool:
-        if not self.is_exact:
-            return 0 < self.num_tokens * BFLOAT16_AGREEMENT <= self.num_equal
-        return 0 < self.num_tokens == self.num_equal and self.logprob_difference <= LOGPROB_DIFFERENCE
+        is_close = self.logprob_difference <= self.tolerance.logprob_difference
+        is_tie = self.largest_gap <= self.tolerance.gap
+        return 0 < self.num_tokens * self.tolerance.share <= self.num_equal and is_close and is_tie
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,7 @@ class TopologyResult:
     """One row."""
 
     topology: Topology
+    number_format: str
     start_s: float
     ways: list[WayResult]
 
@@ -106,15 +108,15 @@ class Workload:
 
 
 def compare_topologies(
-    config: EngineConfig, workload: Workload, topologies: Sequence[Topology] = TOPOLOGIES
+    number_format: NumberFormat, workload: Workload, topologies: Sequence[Topology] = TOPOLOGIES
 ) -> Iterator[TopologyResult]:
-    """One result a topology, in order. ``config`` gives the model, device and dtype; its sizes are replaced.
+    """One result a topology, in order. The format's config gives the model, device and dtype; its sizes are replaced.
 
     Raises:
         ValueError: a topology that this model or this machine cannot have.
         RuntimeError: a deployment that failed.
     """
-    config = dataclasses.replace(config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False)
+    config = dataclasses.replace(number_format.config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False)
     expected: list[CompletionOutput] | None = None
     for topology in topologies if Topology(1, 1) in topologies else (Topology(1, 1), *topologies):
         started_s = time.monotonic()
@@ -122,9 +124,10 @@ def compare_topologies(
             start_s = time.monotonic() - started_s
             if expected is None:
                 expected = _run(llm, workload, None)
-            results = [_compare(llm, workload, way, expected) for way in _ways(topology)]
+            tolerance = number_format.tolerance(llm.dtype_name, topology.tp_size)
+            results = [_compare(llm, workload, way, expected, tolerance) for way in _ways(topology)]
         if topology in topologies:
-            yield TopologyResult(topology=topology, start_s=start_s, ways=results)
+            yield TopologyResult(topology=topology, number_format=number_format.name, start_s=start_s, ways=results)
 
 
 def _with_topology(config: EngineConfig, topology: Topology) -> EngineConfig:
@@ -138,7 +141,9 @@ def _ways(topology: Topology) -> list[Way]:
     return [Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in balances]
 
 
-def _compare(llm: LLM, workload: Workload, way: Way, expected: list[CompletionOutput]) -> WayResult:
+def _compare(
+    llm: LLM, workload: Workload, way: Way, expected: list[CompletionOutput], tolerance: Tolerance
+) -> WayResult:
     prompt_tokens = sum(len(prompt) for prompt in workload.prompts)
     llm.update_settings(
         ep_mode=way.ep_mode,
@@ -146,22 +151,25 @@ def _compare(llm: LLM, workload: Workload, way: Way, expected: list[CompletionOu
         max_num_batched_tokens=CHUNK_TOKENS if way.is_chunked else prompt_tokens,
     )
     found = _run(llm, workload, None if way.is_balanced else llm.config.dp_size - 1)
-    num_equal, difference = 0, 0.0
+    num_equal, difference, gap = 0, 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
         same = _num_equal(ours.token_ids, theirs.token_ids)
         num_equal += same
         difference = max([difference, *_logprob_differences(ours, theirs, same)])
+        if same < len(theirs.token_ids):
+            gap = max(gap, _gap(theirs, same, ours.token_ids[same]))
     return WayResult(
         way=way,
         num_tokens=sum(len(completion.token_ids) for completion in expected),
         num_equal=num_equal,
         logprob_difference=difference,
-        is_exact=llm.dtype_name == "float32",
+        largest_gap=gap,
+        tolerance=tolerance,
     )
 
 
 def _run(llm: LLM, workload: Workload, data_parallel_rank: int | None) -> list[CompletionOutput]:
-    params = SamplingParams(temperature=0.0, max_tokens=workload.num_tokens, ignore_eos=True, logprobs=1)
+    params = SamplingParams(temperature=0.0, max_tokens=workload.num_tokens, ignore_eos=True, logprobs=NUM_TOP)
     results = llm.generate(workload.prompts, params, use_tqdm=False, data_parallel_rank=data_parallel_rank)
     return [result.outputs[0] for result in results if isinstance(result, RequestOutput)]
 
@@ -175,3 +183,11 @@ def _logprob_differences(ours: CompletionOutput, theirs: CompletionOutput, count
     assert ours.logprobs is not None and theirs.logprobs is not None
     for a, b in zip(ours.logprobs[:count], theirs.logprobs[:count], strict=True):
         yield abs(a.logprob - b.logprob)
+
+
+def _gap(expected: CompletionOutput, position: int, token_id: int) -> float:
+    """How much less likely one rank found ``token_id`` than the token it took: small at a tie, inf beyond the top."""
+    assert expected.logprobs is not None
+    alternatives = expected.logprobs[position]
+    known = dict(zip(alternatives.top_token_ids, alternatives.top_logprobs, strict=True))
+    return alternatives.logprob - known.get(token_id, -math.inf)

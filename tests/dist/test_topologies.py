@@ -2,23 +2,30 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 
 from argosy.config import EngineConfig
 from argosy.validation import topologies
+from argosy.validation.number_formats import ROUNDINGS, STORED, W8A8_SLICES, build_number_format
 from argosy.validation.topologies import TOPOLOGIES, Topology, TopologyResult, Workload, compare_topologies
 
 PROMPT_LENGTHS = (90, 70, 5)  # past index_topk, just past it, and far below
 SEED = 1  # NOTE(numerics): with 0, a token's 8th and 9th expert score within 2.4e-7; another order of sums swaps them
-NUM_TOKENS = 5
+NUM_TOKENS = 3
 
 
-def run_topology(topology: Topology) -> TopologyResult:
+# In other formats than the stored one; the command ``argosy validate --topologies`` runs all of them.
+ROUNDED = (("w8a8", Topology(4, 1)), ("w8a8", Topology(2, 2)), ("int8_cache", Topology(2, 2)))
+
+
+def run_topology(topology: Topology, name: str = STORED, scratch: Path = Path("unused")) -> TopologyResult:
     rng = random.Random(SEED)
     prompts = [rng.choices(range(3, 3000), k=length) for length in PROMPT_LENGTHS]
     config = EngineConfig(device="cpu", dtype="float32", max_model_len=512, num_threads=1)
-    (result,) = compare_topologies(config, Workload(prompts=prompts, num_tokens=NUM_TOKENS), (topology,))
+    number_format = build_number_format(name, config, scratch)
+    (result,) = compare_topologies(number_format, Workload(prompts=prompts, num_tokens=NUM_TOKENS), (topology,))
     return result
 
 
@@ -30,6 +37,15 @@ def test_topology_gives_the_tokens_of_one_rank(topology: Topology) -> None:
     assert len(result.ways) == len(modes) * 2 * (2 if topology.dp_size > 1 else 1)
     for way in result.ways:
         assert way.num_equal == way.num_tokens == len(PROMPT_LENGTHS) * NUM_TOKENS, way
+        assert way.passed, way
+
+
+@pytest.mark.parametrize(("name", "topology"), ROUNDED, ids=lambda value: getattr(value, "name", value))
+def test_topology_gives_the_tokens_of_one_rank_in_another_format(name: str, topology: Topology, tmp_path: Path) -> None:
+    result = run_topology(topology, name, tmp_path)
+    assert result.number_format == name and len(result.ways) == 3 * 2 * 2
+    for way in result.ways:
+        assert way.tolerance == (W8A8_SLICES if (name, topology.tp_size) == ("w8a8", 2) else ROUNDINGS)
         assert way.passed, way
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from argosy import LLM, SamplingParams
+from argosy.cache.cache_format import CacheDims, PlainFormat
 from argosy.cache.mla_kv_cache import MLAKVCache
 
 PAGE_BYTES = 4096
@@ -27,13 +28,12 @@ def test_the_cache_has_the_configured_size() -> None:
 
 def test_an_unused_cache_takes_no_memory_on_a_cpu() -> None:
     before = _resident_bytes()
+    dims = CacheDims(kv_lora_rank=32, qk_rope_head_dim=16, index_head_dim=16)
     cache = MLAKVCache(
+        PlainFormat(dims, torch.bfloat16),
         num_layers=4,
         num_blocks=2**13,
         block_size=64,
-        latent_dim=48,
-        index_head_dim=16,
-        dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
     assert cache.num_bytes == 2**28

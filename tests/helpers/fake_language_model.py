@@ -24,6 +24,7 @@ class FakeLanguageModel:
     finish_order: Callable[[int], list[int]] = field(default=lambda count: list(range(count)))
     interrupt_after: int | None = None  # results (of a batch) or outputs (of a stream) before Ctrl-C
     dtype_name: str = "float32"
+    number_format: str = "float32"
     device_name: str = "a fake device"
     vocab_size: int = 128
     special_token_ids: frozenset[int] = frozenset({0, 1})

@@ -3,44 +3,31 @@
 import torch
 
 from argosy.assets import builtin_model_directory
-from argosy.distributed.communicator import Communicator
-from argosy.distributed.flight_recorder import FlightRecorder
-from argosy.distributed.layout import Axis, ParallelLayout
+from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
+from argosy.quantization.checkpoint_format import CheckpointQuantization, WeightFormat
 from argosy.quantization.dummy_weights import fill_with_dummy_weights
 from argosy.quantization.weight_loader import load_weights
 
 
-def build_shares(config: ModelConfig, layout: ParallelLayout, *, dummy: bool = False) -> list[dict[str, torch.Tensor]]:
+def build_shares(
+    config: ModelConfig, layout: ParallelLayout, *, dummy: bool = False, weight_format: WeightFormat = "none"
+) -> list[dict[str, torch.Tensor]]:
     """``state_dict`` of every rank of ``layout``, filled from the built-in checkpoint or with dummy weights."""
-    return [_build_share(config, unconnected_mesh(layout, rank), dummy) for rank in range(layout.world_size)]
+    return [
+        _build_share(config, ParallelMesh.unconnected(layout, rank), dummy, weight_format)
+        for rank in range(layout.world_size)
+    ]
 
 
-def unconnected_mesh(layout: ParallelLayout, rank: int) -> ParallelMesh:
-    """A mesh that knows sizes and places, and can send nothing."""
-
-    def communicator(axis: Axis) -> Communicator:
-        ranks = layout.group_of(axis, rank)
-        recorder = FlightRecorder(capacity=1)
-        return Communicator(axis, ranks, ranks.index(rank), group=None, host_group=None, recorder=recorder)
-
-    return ParallelMesh(
-        layout=layout,
-        rank=rank,
-        coords=layout.coords(rank),
-        world=communicator("replica"),
-        tp=communicator("tp"),
-        ep=communicator("ep"),
-        leaders=Communicator.local("leaders"),
-        recorder=FlightRecorder(capacity=1),
-    )
-
-
-def _build_share(config: ModelConfig, mesh: ParallelMesh, dummy: bool) -> dict[str, torch.Tensor]:
-    model = DeepseekV32Model(config, torch.float32, mesh)
+def _build_share(
+    config: ModelConfig, mesh: ParallelMesh, dummy: bool, weight_format: WeightFormat
+) -> dict[str, torch.Tensor]:
+    quantization = CheckpointQuantization(kind=weight_format)
+    model = DeepseekV32Model(config, torch.float32, mesh, quantization=quantization)
     mapping = build_weight_mapping(
         config.num_hidden_layers, config.num_nextn_predict_layers, weight_shard(config, mesh)
     )

@@ -10,3 +10,16 @@ LAYER_COSINE = 0.999
 # One real-width layer in bfloat16 against float32 arithmetic on the same bfloat16 weights and inputs: 8 bits of
 # mantissa and sums of 7,168 terms.
 BF16_LAYER_COSINE = 0.999
+# Free-running against another way of computing the same model (the bring-up plan's gate): experts and positions flip
+# where scores nearly tie.
+FINAL_COSINE = 0.98
+# One layer that reads 8-bit cache rows against the same layer on plain ones: int8 has steps of amax / 127, e4m3 three
+# bits of fraction. Measured on argosy-tiny and random tokens: 0.9998 and 0.9991 at worst.
+QUANTIZED_CACHE_LAYER_COSINE = {"int8": 0.9995, "fp8": 0.9985}
+# A linear or an expert in W8A8 against the model's own dtype, on the same inputs: a number's rounding error is at most
+# 1 / 254 of its row's largest (issue 4 asks for 0.99).
+W8A8_MODULE_COSINE = 0.999
+# In FP8 blocks: e4m3 rounds a number by at most 1 / 16 of itself, and an expert rounds four times.
+FP8_MODULE_COSINE = 0.997
+# Through all layers, and where a choice of experts or positions may turn (issue 4).
+QUANTIZED_FINAL_COSINE = 0.98

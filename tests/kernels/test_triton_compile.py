@@ -12,6 +12,14 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from argosy.kernels.triton.w8a8_gemm import (  # noqa: E402 - after the check that there is a Triton
+    GATED_TILES,
+    GATED_WIDE_TILE,
+    PLAIN_TILES,
+    PLAIN_WIDE_TILE,
+    Tile,
+)
+
 SM_90 = 90
 STRIDES = {"id_stride": "i32", "id_column_stride": "i32", "weight_stride": "i32", "weight_column_stride": "i32"}
 
@@ -22,13 +30,49 @@ class Kernel:
 
     name: str  # module.function, below argosy.kernels.triton
     arguments: Mapping[str, str]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, int | bool | float]
     num_warps: int = 4
     multiples_of_16: tuple[str, ...] = ()  # integers that Triton sees to be such
     is_vectorised: bool = field(default=True)
+    instruction: str = ""  # of the tensor cores, which the program must hold
+    num_stages: int = 3
+
+
+def w8a8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False) -> Kernel:
+    """The kernel with a tile of ``w8a8_gemm.py``; what it loads comes through the tile loader, not in vectors."""
+    rows = tile.block_n if tile.is_swapped else tile.block_rows
+    assert rows % 64 == 0, "shorter sides do not fill the instruction"
+    return Kernel(
+        "w8a8_gemm._w8a8_kernel",
+        {
+            "x_tiles": f"tensordesc<i8[{tile.block_rows},{tile.block_k}]>",
+            "weight_tiles": f"tensordesc<i8[{tile.block_n},{tile.block_k}]>",
+        }
+        | {"x_scale": "*fp32", "weight_scale": "*fp32", "counts": "*i32", "out": "*bf16", "num_rows": "i32"}
+        | {"num_experts": "i32", "num_columns": "i32", "out_features": "i32", "in_features": "i32"},
+        {"NUM_EXPERTS": 1 if is_dense else 256, "BLOCK_ROWS": tile.block_rows, "BLOCK_N": tile.block_n}
+        | {"BLOCK_K": tile.block_k, "GROUP_ROWS": tile.group_rows, "IS_SWAPPED": tile.is_swapped}
+        | {"IS_GATED": is_gated, "IS_DENSE": is_dense},
+        num_warps=tile.num_warps,
+        multiples_of_16=("num_columns", "out_features", "in_features"),
+        is_vectorised=False,
+        instruction="wgmma.mma_async.sync.aligned.m64n",
+        num_stages=tile.num_stages,
+    )
 
 
 KERNELS = (
+    *(w8a8_gemm(tile, is_gated=False) for _, tile in PLAIN_TILES),
+    w8a8_gemm(PLAIN_WIDE_TILE, is_gated=False, is_dense=True),
+    *(w8a8_gemm(tile, is_gated=True) for _, tile in GATED_TILES),
+    w8a8_gemm(GATED_WIDE_TILE, is_gated=True),
+    Kernel(
+        "quantize._quantize_kernel",
+        {"x": "*bf16", "quantized": "*i8", "scale": "*fp32", "size": "i32", "row_stride": "i32"},
+        {"MIN_AMAX": 1e-12, "BLOCK": 8192},
+        num_warps=16,
+        multiples_of_16=("size", "row_stride"),
+    ),
     Kernel(
         "sum_parts._sum_parts_kernel",
         {"parts": "*bf16", "out": "*fp32", "hidden_size": "i32", "part_stride": "i32", "row_stride": "i32"},
@@ -103,23 +147,33 @@ def compile_to_ptx(kernel: Kernel) -> str:
     constants = {(names.index(argument),): value for argument, value in kernel.constants.items()}
     source = ASTSource(function, signature, constants, attributes)
     target = GPUTarget("cuda", SM_90, 32)
-    ptx: str = triton.compile(source, target=target, options={"num_warps": kernel.num_warps}).asm["ptx"]
+    ptx: str = triton.compile(
+        source, target=target, options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    ).asm["ptx"]
     return ptx
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def describe(kernel: Kernel) -> str:
+    rows, columns = kernel.constants.get("BLOCK_ROWS"), kernel.constants.get("BLOCK_N")
+    return f"{kernel.name} {rows}x{columns}" if rows else kernel.name
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=describe)
 def test_kernel_compiles_for_sm_90(kernel: Kernel) -> None:
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
     ptx = compile_to_ptx(kernel)
     assert ".target sm_90" in ptx
     vector_loads = re.findall(r"ld\.global[^;]*v4", ptx)
-    assert bool(vector_loads) == kernel.is_vectorised, f"{len(vector_loads)} loads of 16 bytes"
+    if not kernel.instruction:
+        assert bool(vector_loads) == kernel.is_vectorised, f"{len(vector_loads)} loads of 16 bytes"
+    else:
+        assert kernel.instruction in ptx and ".s32.s8.s8" in ptx and "cp.async.bulk.tensor" in ptx
 
 
 def test_no_kernel_is_forgotten() -> None:
     found = set()
-    for module_name in ("sum_parts", "sum_rows", "pack_rows", "arrange_rows"):
+    for module_name in ("sum_parts", "sum_rows", "pack_rows", "arrange_rows", "w8a8_gemm", "quantize"):
         module = import_module(f"argosy.kernels.triton.{module_name}")
         found |= {f"{module_name}.{name}" for name in vars(module) if name.endswith("_kernel")}
     assert found == {kernel.name for kernel in KERNELS}

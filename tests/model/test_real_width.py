@@ -1,67 +1,29 @@
 """One decoder layer at V3.2's real widths in bfloat16, on the oracle's weights; experts are cut to what memory fits."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DeepseekV32Config
 from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Model
 
 from argosy.cache.rope import build_rotary_table
 from argosy.engine.build_rank import rotary_settings
-from argosy.models.deepseek.config import load_model_config
 from argosy.models.deepseek.model import DeepseekV32Model as OurModel
 from argosy.validation.probe import ModelProbe
+from tests.helpers.real_width import NUM_TOKENS, load_real_width_config, save_real_width_config
 from tests.helpers.tolerance import BF16_LAYER_COSINE
-
-NUM_TOKENS = 48
-INDEX_TOPK = 32  # below NUM_TOKENS, so that the sparse path runs
-V32 = {
-    "vocab_size": 64,
-    "hidden_size": 7168,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 0,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "n_routed_experts": 8,
-    "n_group": 4,
-    "topk_group": 2,
-    "num_experts_per_tok": 4,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": INDEX_TOPK,
-    "rope_scaling": {
-        "type": "yarn",
-        "rope_type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-}
 
 
 def test_one_layer_at_real_widths_equals_the_oracle_in_bfloat16(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    hf_config = DeepseekV32Config(**V32, max_position_embeddings=4096, attn_implementation="eager")
-    hf_config.architectures = ["DeepseekV32ForCausalLM"]
-    hf_config.save_pretrained(tmp_path)
+    hf_config = save_real_width_config(tmp_path)
     torch.set_default_dtype(torch.bfloat16)
     try:
         oracle = DeepseekV32Model(hf_config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    config = replace(load_model_config(tmp_path), max_position_embeddings=64)
+    config = load_real_width_config(tmp_path)
     ours = OurModel(config, torch.bfloat16)
     _share_layer_weights(oracle.layers[0], ours.model.layers[0])
     hidden_in = torch.randn(NUM_TOKENS, 7168, dtype=torch.bfloat16)

@@ -4,9 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from argosy.cli.bench import _required_agreement
 from argosy.cli.code_version import read_commit
 from argosy.cli.invocation import Invocation
 from argosy.cli.main import main
@@ -146,3 +148,14 @@ def test_speeds_are_sums_and_nothing_without_time() -> None:
 
 def test_commit_outside_a_checkout_is_the_version(tmp_path: Path) -> None:
     assert read_commit(tmp_path).startswith("version ")
+
+
+@pytest.mark.parametrize(
+    ("number_format", "load_format", "expected"),
+    (("float32", "auto", 1.0), ("float32, w8a8", "auto", 0.5), ("bfloat16", "auto", 0.5), ("bfloat16", "dummy", 0.0)),
+)
+def test_agreement_is_judged_by_what_is_rounded(
+    number_format: str, load_format: Literal["auto", "dummy"], expected: float
+) -> None:
+    llm = FakeLanguageModel(long_answer, number_format=number_format)
+    assert _required_agreement(llm, EngineConfig(load_format=load_format)) == expected

@@ -67,3 +67,11 @@ def test_different_contents_at_equal_sizes_are_named(tmp_path: Path, file: str, 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"config\.json.*--model"):
         build_fingerprints(CONFIG, tmp_path, "cpu")
+
+
+def test_files_of_weights_do_not_matter_where_none_are_loaded(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(DIRECTORY / name, tmp_path / name)
+    config = dataclasses.replace(CONFIG, load_format="dummy")
+    assert build_fingerprints(config, tmp_path, "cpu") == build_fingerprints(config, DIRECTORY, "cpu")
+    assert _differences(config, tmp_path) == {"--load-format", "weight files"}

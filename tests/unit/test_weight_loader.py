@@ -9,9 +9,11 @@ from torch import nn
 
 from argosy.models.deepseek.checkpoint import build_weight_mapping
 from argosy.quantization.fp8_block import dequantize_fp8_block
+from argosy.quantization.load_progress import LoadProgress
 from argosy.quantization.safetensors_headers import read_headers
-from argosy.quantization.weight_loader import LoadProgress, load_weights
-from argosy.quantization.weight_plan import Destination, Part, map_to_same_name
+from argosy.quantization.tensor_boxes import Part
+from argosy.quantization.weight_loader import load_weights
+from argosy.quantization.weight_plan import Destination, map_to_same_name
 from tests.helpers.checkpoints import (
     quantize_fp8_block,
     read_index,
@@ -280,7 +282,10 @@ FP8 = torch.zeros(130, 4).to(torch.float8_e4m3fn)
         ({"a": FP8, "a_scale_inv": torch.ones(1, 1)}, r"'a_scale_inv' must be \[2, 1\] F32 .* found \[1, 1\] F32"),
         ({"a": FP8, "a_scale_inv": torch.ones(2, 1).half()}, r"must be \[2, 1\] F32 .* found \[2, 1\] F16"),
         ({"a": FP8[:, 0].contiguous(), "a_scale_inv": torch.ones(2)}, r"'a' must have 2 dims .* found \[130\]"),
-        ({"a": FP8.to(torch.int8)}, r"tensor 'a' has dtype I8; expected BF16, F16, F32, or F8_E4M3 with 'a_scale_inv'"),
+        (
+            {"a": FP8.to(torch.int16)},
+            r"'a' has dtype I16; expected BF16, F16, F32, I8 with 'a_scale', or F8_E4M3 with 'a_scale_inv'",
+        ),
     ],
 )
 def test_scales_and_dtypes_are_checked_before_anything_is_written(

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 
 from argosy.models.deepseek.config import ModelConfig
-from argosy.quantization.weight_plan import Destination, Index, Part, WeightMapping
+from argosy.quantization.tensor_boxes import Index, Part
+from argosy.quantization.weight_plan import Destination, WeightMapping
 
 # The dim that tensor parallelism splits: heads, MLP widths, vocabulary. By the end of the name, first match wins.
 TP_SHARD_DIMS: tuple[tuple[str, int | None], ...] = (
@@ -28,6 +29,7 @@ TP_SHARD_DIMS: tuple[tuple[str, int | None], ...] = (
 )
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT_ID = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _GATE_UP = re.compile(r"(.*)\.(gate|up)_proj\.weight")
 _HALF = {"gate": Part(0, 2), "up": Part(1, 2)}
 _WHOLE = Part(0, 1)
@@ -67,6 +69,12 @@ def build_weight_mapping(
     return map_tensor
 
 
+def find_expert_id(name: str) -> int | None:
+    """Of a routed expert's tensor or its companions; None for all others."""
+    expert = _EXPERT_ID.search(name)
+    return None if expert is None else int(expert[1])
+
+
 def _map_expert(match: re.Match[str], expert_ids: range | None) -> Destination | None:
     experts, expert_id, kind = match[1], int(match[2]), match[3]
     if expert_ids is not None:
@@ -98,6 +106,25 @@ def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer_id}"
         shapes |= {f"{prefix}.{name}": shape for name, shape in _attention_shapes(config).items()}
         shapes |= {f"{prefix}.mlp.{name}": shape for name, shape in _mlp_shapes(config, layer_id).items()}
+    return shapes
+
+
+def mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What the MTP layers add to ``checkpoint_shapes``: each is a MoE layer with a projection, norms and a head."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer_id in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        own: dict[str, tuple[int, ...]] = {
+            "enorm.weight": (hidden,),
+            "hnorm.weight": (hidden,),
+            "eh_proj.weight": (hidden, 2 * hidden),
+            "embed_tokens.weight": (vocab, hidden),
+            "shared_head.norm.weight": (hidden,),
+            "shared_head.head.weight": (vocab, hidden),
+        }
+        own |= _attention_shapes(config)
+        own |= {f"mlp.{name}": shape for name, shape in _mlp_shapes(config, layer_id).items()}
+        shapes |= {f"model.layers.{layer_id}.{name}": shape for name, shape in own.items()}
     return shapes
 
 

@@ -1,13 +1,15 @@
 """What a checkpoint says about itself: ``config.json`` of a DeepSeek-V3.2 model, checked.
 
-Field names are Hugging Face's, verbatim. This file holds no engine setting. Invariant: a ``ModelConfig`` that exists
-describes a model that this package can build.
+Field names are Hugging Face's, verbatim. This file holds no engine setting, and not the number format of weights
+(``quantization/checkpoint_format.py`` reads that). Invariant: a ``ModelConfig`` that exists describes a model that this
+package can build.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from argosy.quantization.checkpoint_format import read_raw_config
 
 ARCHITECTURE = "DeepseekV32ForCausalLM"
 
@@ -61,7 +63,6 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0
     indexer_rope_interleave: bool = False  # True only in relatives of V3.2
     torch_dtype: str = "bfloat16"
-    weight_block_size: tuple[int, int] = (128, 128)  # of an FP8 checkpoint's scales
     bos_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (1,)
 
@@ -167,16 +168,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     Raises:
         ValueError: no such file, not JSON, another architecture, missing keys or impossible values.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no config.json: give a directory in Hugging Face layout, or argosy-tiny")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(raw).__name__}")
-    return parse_model_config(raw)
+    return parse_model_config(read_raw_config(directory))
 
 
 def parse_model_config(raw: dict[str, object]) -> ModelConfig:
@@ -202,7 +194,6 @@ def parse_model_config(raw: dict[str, object]) -> ModelConfig:
         rope_theta=rope_theta,
         yarn=yarn,
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
-        weight_block_size=_parse_weight_block_size(raw),
         bos_token_id=0 if bos is None else bos,  # type: ignore[arg-type]
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),  # type: ignore[arg-type]
     )
@@ -242,23 +233,6 @@ def _parse_rope(raw: dict[str, object]) -> tuple[float, YarnConfig]:
             f"(got {yarn.mscale} and {yarn.mscale_all_dim})"
         )
     return float(theta), yarn
-
-
-def _parse_weight_block_size(raw: dict[str, object]) -> tuple[int, int]:
-    """Of DeepSeek's FP8 format; another quantisation is refused by name."""
-    settings = raw.get("quantization_config")
-    if settings is None:
-        return 128, 128
-    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3":
-        raise ValueError(
-            f"config.json: quantization_config {settings!r} is not supported; "
-            "this engine reads unquantised checkpoints and DeepSeek's FP8 blocks (quant_method fp8, fmt e4m3)"
-        )
-    block_size = settings.get("weight_block_size", [128, 128])
-    is_pair = isinstance(block_size, list) and len(block_size) == 2
-    if not is_pair or not all(isinstance(n, int) and n > 0 for n in block_size):
-        raise ValueError(f"config.json: weight_block_size must be two positive integers, got {block_size!r}")
-    return block_size[0], block_size[1]
 
 
 def _check_positive_number(name: str, value: object) -> None:

@@ -18,16 +18,15 @@ from argosy.cache.mla_kv_cache import LayerKV
 from argosy.kernels import (
     attend_absorbed,
     attend_expanded,
-    attend_sparse,
-    gather_cache,
     rope_interleaved_,
-    write_cache,
 )
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
-from argosy.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from argosy.layers.linear import build_column_parallel, build_linear, build_row_parallel
 from argosy.layers.norm import RMSNorm
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.indexer import Indexer, IndexQuery
+from argosy.quantization.linear_shape import LinearShape
+from argosy.quantization.scheme import Schemes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +48,35 @@ class MLAAttention(nn.Module):
     Latents and the indexer are the same on every tensor-parallel rank, and so is the cache.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp_size: int = 1) -> None:
+    def __init__(self, config: ModelConfig, schemes: Schemes, tp_size: int = 1) -> None:
         super().__init__()
         self._heads = config.num_attention_heads // tp_size
         v_width = config.num_attention_heads * config.v_head_dim
         self._rank, self._rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
         self._nope_dim, self._v_dim = config.qk_nope_head_dim, config.v_head_dim
         self._softmax_scale = config.softmax_scale
-        self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, dtype)
+        self.q_a_proj = build_linear(schemes, "q_a_proj", config.hidden_size, config.q_lora_rank)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.q_b_proj = ColumnParallelLinear(
-            config.q_lora_rank, config.num_attention_heads * config.qk_head_dim, dtype, tp_size
+        self.q_b_proj = build_column_parallel(
+            schemes, "q_b_proj", config.q_lora_rank, config.num_attention_heads * config.qk_head_dim, tp_size
         )
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim, dtype)
+        self.kv_a_proj_with_mqa = build_linear(schemes, "kv_a_proj_with_mqa", config.hidden_size, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(self._rank, config.rms_norm_eps)
-        self.kv_b_proj = ColumnParallelLinear(
-            self._rank, config.num_attention_heads * config.qk_nope_head_dim + v_width, dtype, tp_size
+        kv_b_width = config.num_attention_heads * config.qk_nope_head_dim + v_width
+        # Absorption reads this weight, so it is plain in every model.
+        self.kv_b_proj = schemes.build_plain_linear(
+            LinearShape(in_features=self._rank, out_features=kv_b_width, out_parts=tp_size)
         )
-        self.o_proj = RowParallelLinear(v_width, config.hidden_size, dtype, tp_size)
-        self.indexer = Indexer(config, dtype)
+        self.o_proj = build_row_parallel(schemes, "o_proj", v_width, config.hidden_size, tp_size)
+        self.indexer = Indexer(config, schemes.at("indexer"))
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
         """``hidden_states: [T, D]`` -> [T, D], to be summed over tp. Writes this batch's entries into ``kv``."""
         attention = batch.attention
         q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
         queries = self._make_queries(q_resid, batch)
-        write_cache(kv.latent, attention.slot_mapping, self._make_latent(hidden_states, batch))
-        write_cache(kv.index_k, attention.slot_mapping, self.indexer.make_key(hidden_states, batch.rotary))
+        latent, index_k = self._make_latent(hidden_states, batch), self.indexer.make_key(hidden_states, batch.rotary)
+        kv.write(attention.slot_mapping, latent, index_k)
         index_query = None
         if attention.max_seq_len > self.indexer.topk:  # else every position is selected: the scores are not needed
             index_query = self.indexer.make_query(hidden_states, q_resid, batch.rotary)
@@ -108,14 +109,14 @@ class MLAAttention(nn.Module):
         rows = attention.num_decode_tokens
         query = self._absorb(queries.rows(0, rows))
         if index_query is None or attention.max_decode_seq_len <= self.indexer.topk:
-            latent = gather_cache(kv.latent, attention.block_table[:rows], attention.max_decode_seq_len)
+            latent = kv.gather_latent(attention.block_table[:rows], attention.max_decode_seq_len)
             position = torch.arange(attention.max_decode_seq_len, device=latent.device)
             is_hidden = position >= attention.seq_lens[:rows].unsqueeze(1)
             attended = attend_absorbed(query, latent, is_hidden, self._rank, self._softmax_scale)
         else:
-            slots = self.indexer.select_decode_slots(index_query, kv.index_k, attention)
+            slots = self.indexer.select_decode_slots(index_query, kv, attention)
             is_full = attention.min_decode_seq_len >= self.indexer.topk
-            attended = attend_sparse(query, kv.latent, slots, self._rank, self._softmax_scale, is_full=is_full)
+            attended = kv.attend_sparse(query, slots, self._softmax_scale, is_full=is_full)
         return self._unabsorb(attended)
 
     def _prefill(
@@ -129,10 +130,10 @@ class MLAAttention(nn.Module):
         """One request's tokens: [segment.num_tokens, H, V]; expanded while every position is selected, else sparse."""
         queries = queries.rows(segment.start, segment.end)
         if index_query is None or segment.seq_len <= self.indexer.topk:
-            latent = gather_cache(kv.latent, attention.block_table[segment.row : segment.row + 1], segment.seq_len)
+            latent = kv.gather_latent(attention.block_table[segment.row : segment.row + 1], segment.seq_len)
             return self._attend_expanded(queries, latent.squeeze(0), segment.num_computed_tokens)
-        slots = self.indexer.select_prefill_slots(index_query, kv.index_k, attention, segment)
-        attended = attend_sparse(self._absorb(queries), kv.latent, slots, self._rank, self._softmax_scale)
+        slots = self.indexer.select_prefill_slots(index_query, kv, attention, segment)
+        attended = kv.attend_sparse(self._absorb(queries), slots, self._softmax_scale)
         return self._unabsorb(attended)
 
     def _attend_expanded(self, queries: HeadQueries, latent: torch.Tensor, num_computed: int) -> torch.Tensor:

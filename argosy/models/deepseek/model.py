@@ -31,6 +31,8 @@ from argosy.models.deepseek.checkpoint import WeightShard
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.mla import MLAAttention
 from argosy.models.deepseek.moe_layer import MoELayer
+from argosy.quantization.checkpoint_format import CheckpointQuantization
+from argosy.quantization.scheme import UNQUANTIZED, Schemes, build_schemes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class ModelParts:
 
     config: ModelConfig
     dtype: torch.dtype
+    schemes: Schemes  # by names below the model's
     mesh: ParallelMesh
     ep_payload: EPPayload
     expert_load: ExpertLoad
@@ -47,8 +50,8 @@ class ModelParts:
 class DenseMLP(GatedMLP):
     """The checkpoint's ``mlp`` of a dense layer: its width is split, so all tokens meet on every rank of tp."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Communicator) -> None:
-        super().__init__(config.hidden_size, config.intermediate_size, dtype, tp.size)
+    def __init__(self, config: ModelConfig, schemes: Schemes, tp: Communicator) -> None:
+        super().__init__(config.hidden_size, config.intermediate_size, schemes, tp.size)
         self._slices = build_token_slices(tp)
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
@@ -61,15 +64,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, parts: ModelParts, layer_id: int) -> None:
         super().__init__()
-        config, dtype, tp = parts.config, parts.dtype, parts.mesh.tp
+        config, tp = parts.config, parts.mesh.tp
+        schemes = parts.schemes.at(f"model.layers.{layer_id}")
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLAAttention(config, dtype, tp.size)
+        self.self_attn = MLAAttention(config, schemes.at("self_attn"), tp.size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: nn.Module
         if config.is_moe_layer(layer_id):
-            self.mlp = _build_moe(parts, layer_id)
+            self.mlp = _build_moe(parts, schemes.at("mlp"), layer_id)
         else:
-            self.mlp = DenseMLP(config, dtype, tp.named(f"layer {layer_id} mlp"))
+            self.mlp = DenseMLP(config, schemes.at("mlp"), tp.named(f"layer {layer_id} mlp"))
         self._slices = build_token_slices(tp.named(f"layer {layer_id} attention"))
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
@@ -79,10 +83,10 @@ class DecoderLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), batch)
 
 
-def _build_moe(parts: ModelParts, layer_id: int) -> MoELayer:
-    config, device_type = parts.config, torch.get_default_device().type
+def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
+    config, mesh, device_type = parts.config, parts.mesh, torch.get_default_device().type
     dispatcher = build_dispatcher(
-        parts.mesh.ep.named(f"layer {layer_id} experts"),
+        mesh.ep.named(f"layer {layer_id} experts"),
         config.n_routed_experts,
         payload=parts.ep_payload,
         low_latency_layout=select_expert_layout(device_type),
@@ -92,8 +96,8 @@ def _build_moe(parts: ModelParts, layer_id: int) -> MoELayer:
     return MoELayer(
         config,
         dispatcher,
-        parts.dtype,
-        config.n_routed_experts // parts.mesh.ep.size,
+        schemes,
+        mesh.layout.local_expert_ids(mesh.coords.ep, config.n_routed_experts),
         parts.expert_load.layer(layer_id - config.first_k_dense_replace),
     )
 
@@ -123,7 +127,8 @@ class DeepseekV32Model(nn.Module):
     """One rank's share of the whole model. ``state_dict`` keys are the checkpoint's, but for stacked experts and
     gate_up_proj; what of each tensor is here says ``checkpoint.py``.
 
-    Building it communicates nothing. ``mesh`` None: one rank holds everything.
+    Building it communicates nothing. ``mesh`` None: one rank holds everything. ``quantization``: in which format which
+    linears compute; the checkpoint's, or none to dequantise on load.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class DeepseekV32Model(nn.Module):
         mesh: ParallelMesh | None = None,
         *,
         ep_payload: EPPayload = "model",
+        quantization: CheckpointQuantization = UNQUANTIZED,
     ) -> None:
         super().__init__()
         mesh = mesh or ParallelMesh.local()
@@ -140,7 +146,8 @@ class DeepseekV32Model(nn.Module):
         self.expert_load = ExpertLoad(num_moe_layers, config.n_routed_experts // mesh.ep.size)
         self._head_tp = mesh.tp.named("head")
         self._slices = build_token_slices(self._head_tp)
-        self.model = Backbone(ModelParts(config, dtype, mesh, ep_payload, self.expert_load))
+        schemes = build_schemes(dtype, quantization)
+        self.model = Backbone(ModelParts(config, dtype, schemes, mesh, ep_payload, self.expert_load))
         self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, dtype, mesh.tp.size)
 
     def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:

@@ -9,37 +9,13 @@ Shape letters: T tokens, D hidden, E experts, e local experts, F expert width, M
 import torch
 from torch import nn
 
-from argosy.distributed.ep_types import DispatchedTokens, TokenDispatcher
+from argosy.distributed.ep_types import TokenDispatcher
 from argosy.distributed.expert_load import LoadCounter, NoLoadCounter
-from argosy.kernels import grouped_mlp, grouped_mlp_masked
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.layers.mlp import GatedMLP
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.moe_router import MoERouter
-
-
-class RoutedExperts(nn.Module):
-    """The weights of this rank's experts, stacked."""
-
-    def __init__(self, num_local_experts: int, hidden_size: int, expert_width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.gate_up_proj = _empty_matrices(num_local_experts, 2 * expert_width, hidden_size, dtype)
-        self.down_proj = _empty_matrices(num_local_experts, hidden_size, expert_width, dtype)
-
-    def forward(self, dispatched: DispatchedTokens) -> torch.Tensor:
-        """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D] or [e, capacity, D]."""
-        compute = grouped_mlp_masked if dispatched.is_padded else grouped_mlp
-        return compute(dispatched.hidden_states, self.gate_up_proj, self.down_proj, dispatched.num_tokens_per_expert)
-
-
-def _empty_matrices(num_experts: int, out_size: int, in_size: int, dtype: torch.dtype) -> nn.Parameter:
-    """[num_experts, out_size, in_size]. On a CPU its memory is ordered [.., in, out]: batched products of few rows read
-    that a fifth faster (``docs/log.md``, 2026-11-22)."""
-    if torch.get_default_device().type == "cpu":
-        weight = torch.empty(num_experts, in_size, out_size, dtype=dtype).transpose(1, 2)
-    else:
-        weight = torch.empty(num_experts, out_size, in_size, dtype=dtype)
-    return nn.Parameter(weight, requires_grad=False)
+from argosy.quantization.scheme import Schemes
 
 
 class MoELayer(nn.Module):
@@ -49,19 +25,17 @@ class MoELayer(nn.Module):
         self,
         config: ModelConfig,
         dispatcher: TokenDispatcher,
-        dtype: torch.dtype,
-        num_local_experts: int | None = None,
+        schemes: Schemes,
+        expert_ids: range | None = None,
         load: LoadCounter | None = None,
     ) -> None:
-        """``num_local_experts``: None means all."""
+        """``expert_ids``: this rank's; None means all."""
         super().__init__()
-        if num_local_experts is None:
-            num_local_experts = config.n_routed_experts
+        expert_ids = range(config.n_routed_experts) if expert_ids is None else expert_ids
+        shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.gate = MoERouter(config)
-        self.experts = RoutedExperts(num_local_experts, config.hidden_size, config.moe_intermediate_size, dtype)
-        self.shared_experts = GatedMLP(
-            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, dtype
-        )
+        self.experts = schemes.at("experts").build_experts(expert_ids, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = GatedMLP(config.hidden_size, shared_width, schemes.at("shared_experts"))
         self._dispatcher = dispatcher
         self._load = load or NoLoadCounter()
 

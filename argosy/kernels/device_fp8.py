@@ -1,0 +1,40 @@
+"""FP8 blocks on cards that multiply e4m3: cuBLAS's product of 1 x 128 groups and 128 x 128 blocks, through torch.
+
+Capability 9.0 and newer; older cards never build a model that calls this. Invariant: gives what
+``reference_fp8.linear_fp8`` gives, within the order of float32 sums.
+
+Shape letters: see ``reference_fp8.py``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import ScalingType, scaled_mm
+
+from argosy.kernels.reference_fp8 import quantize_groups
+
+_SCALE_MULTIPLE = 4  # cuBLAS reads scales in vectors: of four tokens, and of a weight's four blocks along K
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
+) -> torch.Tensor:
+    """See ``reference_fp8.linear_fp8``. K is divisible by 128 here, and N by 16."""
+    num_tokens, num_outputs = x.shape[0], weight.shape[0]
+    if num_tokens == 0:
+        return x.new_empty(0, num_outputs)
+    spare_tokens, spare_blocks = -num_tokens % _SCALE_MULTIPLE, -weight_scale_inv.shape[1] % _SCALE_MULTIPLE
+    if spare_tokens:
+        x = F.pad(x, (0, 0, 0, spare_tokens))
+    if spare_blocks:  # no published size
+        weight_scale_inv = F.pad(weight_scale_inv, (0, spare_blocks))
+    quantized, activation_scale = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    out = scaled_mm(
+        quantized,
+        weight.t(),
+        activation_scale.t().contiguous().t(),  # the scales of a group of all tokens lie beside each other
+        ScalingType.BlockWise1x128,
+        weight_scale_inv.t(),
+        ScalingType.BlockWise128x128,
+        output_dtype=x.dtype,
+    )
+    return out[:num_tokens]

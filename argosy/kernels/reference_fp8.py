@@ -1,0 +1,54 @@
+"""The specification of computing in FP8 blocks, as DeepSeek's checkpoints are meant: plain torch, float32 sums.
+
+Weights are e4m3 with a float32 scale per block of 128 x 128; activations are quantised here, per 128 numbers of a
+token. Invariant: within a block of 128 inputs the e4m3 products are summed in float32, then scaled, then added up; what
+differs between devices is the order of those sums alone.
+
+Shape letters: T tokens, K inputs, N outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+BLOCK_SIZE = 128
+FP8_MAX = 448.0  # of float8_e4m3fn
+MIN_AMAX = 1e-4  # as in DeepSeek's act_quant
+
+
+def quantize_groups(x: torch.Tensor, *, has_ue8m0_scales: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x: [T, K]`` any float -> e4m3 [T, K] and scales [T, ceil(K / 128)] f32, one per 128 numbers of a token.
+
+    ``has_ue8m0_scales``: scales are rounded up to powers of two, which is what the published model was trained with.
+    """
+    num_tokens, num_inputs = x.shape
+    num_groups = -(-num_inputs // BLOCK_SIZE)
+    padded = F.pad(x.float(), (0, num_groups * BLOCK_SIZE - num_inputs))
+    groups = padded.view(num_tokens, num_groups, BLOCK_SIZE)
+    scale = groups.abs().amax(dim=2, keepdim=True).clamp_(min=MIN_AMAX) / FP8_MAX
+    if has_ue8m0_scales:
+        scale = _round_up_to_power_of_two(scale)
+    # The quotient may exceed 448 by a rounding, and the cast would then make it NaN.
+    quantized = (groups / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return quantized.flatten(1)[:, :num_inputs], scale.squeeze(2)
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
+) -> torch.Tensor:
+    """``x: [T, K]``, ``weight: [N, K]`` e4m3, ``weight_scale_inv: [ceil(N / 128), ceil(K / 128)]`` f32 -> [T, N] in x's
+    dtype; one rounding."""
+    quantized, activation_scale = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    output_scale = weight_scale_inv.repeat_interleave(BLOCK_SIZE, dim=0)[: weight.shape[0]]  # [N, K / 128]
+    out = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
+    for block, (part, weight_part) in enumerate(
+        zip(quantized.split(BLOCK_SIZE, dim=1), weight.split(BLOCK_SIZE, dim=1), strict=True)
+    ):
+        products = F.linear(part.float(), weight_part.float())
+        out += products * activation_scale[:, block : block + 1] * output_scale[:, block]
+    return out.to(x.dtype)
+
+
+def _round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """2^ceil(log2(scale)), exactly: from the exponent's bits, not through a logarithm."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

@@ -1,0 +1,58 @@
+"""W8A8 on NVIDIA cards: quantise a row, multiply on the integer tensor cores, scale; experts without a host sync.
+
+Invariant: integer sums are exact and roundings are ``reference_w8a8.py``'s; silu alone has the card's own last bits.
+
+Shape letters: see ``reference_w8a8.py``.
+"""
+
+import torch
+
+from argosy.kernels import device_w8a8
+from argosy.kernels.triton.quantize import quantize_per_token
+from argosy.kernels.triton.w8a8_gemm import IN_FEATURES_MULTIPLE, w8a8_grouped_gemm
+
+
+def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8``."""
+    if not _can_load(weight):
+        return device_w8a8.linear_w8a8(x, weight, weight_scale)
+    quantized, activation_scale = quantize_per_token(x)
+    return w8a8_grouped_gemm(quantized, activation_scale, weight.unsqueeze(0), weight_scale.unsqueeze(0), None, x.dtype)
+
+
+def grouped_mlp_w8a8(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8``. What spare rows hold is quantised too, and stays theirs."""
+    if not (_can_load(gate_up_proj) and _can_load(down_proj)):
+        return device_w8a8.grouped_mlp_w8a8(
+            x, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert
+        )
+    hidden = w8a8_grouped_gemm(
+        *quantize_per_token(x), gate_up_proj, gate_up_scale, num_tokens_per_expert, torch.float32, is_gated=True
+    )
+    return w8a8_grouped_gemm(*quantize_per_token(hidden), down_proj, down_scale, num_tokens_per_expert, x.dtype)
+
+
+def grouped_mlp_w8a8_masked(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8_masked``. Every expert's whole capacity is computed."""
+    num_experts, capacity, hidden_size = x.shape
+    counts = torch.full_like(num_tokens_per_expert, capacity)
+    rows = x.reshape(num_experts * capacity, hidden_size)
+    return grouped_mlp_w8a8(rows, gate_up_proj, gate_up_scale, down_proj, down_scale, counts).view(x.shape)
+
+
+def _can_load(weight: torch.Tensor) -> bool:
+    return weight.shape[-1] % IN_FEATURES_MULTIPLE == 0

@@ -1,0 +1,211 @@
+"""INT8 x INT8 products of sorted rows with their expert's weights, on Hopper's integer tensor instruction.
+
+One persistent kernel serves dense linears (one expert), experts in prefill (many rows each) and in decode (few rows
+each: weights take the instruction's long side, 64 rows at least, and tokens its short one). Sums are exact in int32;
+scales come in after. Invariant: a row's result depends on that row, its expert's weights and nothing else.
+
+Shape letters: M sorted rows, D in_features, N out_features of a row, e experts.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+IN_FEATURES_MULTIPLE = 16  # what the card's tile loads ask of a row of bytes
+INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One program's piece of the output and how it walks. ``block_n``: of each half, when gate and up are fused."""
+
+    block_rows: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    is_swapped: bool  # weights on the instruction's long side
+    group_rows: int = 8  # row tiles that are walked together, for the cache's sake
+
+
+# By the mean number of rows an expert gets, the first entry that is not below it; measured on an H200 (docs/log.md).
+PLAIN_TILES = (
+    (16, Tile(16, 128, 256, 4, 4, True)),
+    (32, Tile(32, 128, 256, 4, 4, True)),
+    (64, Tile(64, 128, 128, 6, 4, True)),
+    (128, Tile(128, 128, 128, 4, 4, True)),
+)
+PLAIN_WIDE_TILE = Tile(128, 256, 128, 4, 8, False, 4)
+GATED_TILES = (
+    (16, Tile(16, 64, 256, 4, 4, True)),
+    (32, Tile(32, 64, 256, 4, 4, True)),
+    (64, Tile(64, 64, 128, 5, 4, True)),
+)
+GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
+
+
+def w8a8_grouped_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    num_rows_per_expert: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    is_gated: bool = False,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """``x: [M, D]`` int8 sorted by expert, ``x_scale: [M, 1]`` f32, ``weight: [e, N, D]`` int8, ``weight_scale:
+    [e, N, 1]`` f32, counts [e] int32 (None: one expert has all rows) -> [M, N] in ``out_dtype``.
+
+    ``is_gated``: silu of the first half of N times the second: [M, N / 2]. Rows behind the counts' sum stay unwritten.
+    D must be a multiple of ``IN_FEATURES_MULTIPLE``; all are contiguous. No host sync.
+    """
+    num_rows, in_features = x.shape
+    num_experts, out_features, _ = weight.shape
+    num_columns = out_features // 2 if is_gated else out_features
+    out = torch.empty(num_rows, num_columns, dtype=out_dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    tile = tile or choose_tile(num_rows, num_experts, is_gated)
+    rows_block = [tile.block_rows, tile.block_k]
+    weight_block = [tile.block_n, tile.block_k]
+    x_tiles = TensorDescriptor(x, [num_rows, in_features], [in_features, 1], rows_block)
+    weight_tiles = TensorDescriptor(weight, [num_experts * out_features, in_features], [in_features, 1], weight_block)
+    counts = x_scale if num_rows_per_expert is None else num_rows_per_expert  # a launch needs a pointer
+    num_programs = _count_multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_PROGRAMS
+    _w8a8_kernel[(num_programs,)](
+        x_tiles,
+        weight_tiles,
+        x_scale,
+        weight_scale,
+        counts,
+        out,
+        num_rows,
+        num_experts,
+        num_columns,
+        out_features,
+        in_features,
+        NUM_EXPERTS=triton.next_power_of_2(num_experts),
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_ROWS=tile.group_rows,
+        IS_SWAPPED=tile.is_swapped,
+        IS_GATED=is_gated,
+        IS_DENSE=num_rows_per_expert is None,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def choose_tile(num_rows: int, num_experts: int, is_gated: bool) -> Tile:
+    """From what the host knows: the rows, not how they are spread."""
+    mean_rows = num_rows / num_experts
+    tiles = GATED_TILES if is_gated else PLAIN_TILES
+    wide = GATED_WIDE_TILE if is_gated else PLAIN_WIDE_TILE
+    return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
+
+
+@functools.cache
+def _count_multiprocessors(device_index: int) -> int:
+    count: int = triton.runtime.driver.active.utils.get_device_properties(device_index)["multiprocessor_count"]
+    return count
+
+
+@triton.jit
+def _w8a8_kernel(
+    x_tiles,
+    weight_tiles,
+    x_scale,
+    weight_scale,
+    counts,
+    out,
+    num_rows,
+    num_experts,
+    num_columns,
+    out_features,
+    in_features,
+    NUM_EXPERTS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    GROUP_ROWS: tl.constexpr,  # noqa: N803
+    IS_SWAPPED: tl.constexpr,  # noqa: N803
+    IS_GATED: tl.constexpr,  # noqa: N803
+    IS_DENSE: tl.constexpr,  # noqa: N803
+):
+    experts = tl.arange(0, NUM_EXPERTS)
+    count = experts * 0 + num_rows
+    if not IS_DENSE:
+        count = tl.load(counts + experts, mask=experts < num_experts, other=0)
+    row_tiles = (count + BLOCK_ROWS - 1) // BLOCK_ROWS
+    column_tiles = tl.cdiv(num_columns, BLOCK_N)
+    last_tile = tl.cumsum(row_tiles) * column_tiles  # behind each expert's
+    num_tiles = tl.sum(row_tiles) * column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert = tl.sum((last_tile <= tile).to(tl.int32))
+        is_before = experts < expert
+        is_mine = experts == expert
+        place = tile - tl.sum(tl.where(is_before, row_tiles, 0)) * column_tiles
+        expert_tiles = tl.sum(tl.where(is_mine, row_tiles, 0))
+        group = place // (GROUP_ROWS * column_tiles)
+        group_size = tl.minimum(expert_tiles - group * GROUP_ROWS, GROUP_ROWS)
+        place_in_group = place - group * GROUP_ROWS * column_tiles
+        row_tile = group * GROUP_ROWS + place_in_group % group_size
+        column = (place_in_group // group_size) * BLOCK_N
+        first_row = tl.sum(tl.where(is_before, count, 0))
+        row = first_row + row_tile * BLOCK_ROWS
+        stop_row = first_row + tl.sum(tl.where(is_mine, count, 0))
+        weight_row = expert * out_features + column
+
+        # What lies behind a tensor's end reads as 0; what is another expert's is computed and not stored.
+        if IS_SWAPPED:
+            total = tl.zeros((BLOCK_N, BLOCK_ROWS), dtype=tl.int32)
+        else:
+            total = tl.zeros((BLOCK_ROWS, BLOCK_N), dtype=tl.int32)
+        up_total = total
+        for k in tl.range(0, in_features, BLOCK_K):
+            rows = x_tiles.load([row, k])
+            weights = weight_tiles.load([weight_row, k])
+            if IS_SWAPPED:
+                total = tl.dot(weights, rows.T, total, out_dtype=tl.int32)
+            else:
+                total = tl.dot(rows, weights.T, total, out_dtype=tl.int32)
+            if IS_GATED:
+                up_weights = weight_tiles.load([weight_row + num_columns, k])
+                if IS_SWAPPED:
+                    up_total = tl.dot(up_weights, rows.T, up_total, out_dtype=tl.int32)
+                else:
+                    up_total = tl.dot(rows, up_weights.T, up_total, out_dtype=tl.int32)
+
+        row_ids = row + tl.arange(0, BLOCK_ROWS)
+        columns = column + tl.arange(0, BLOCK_N)
+        is_row = row_ids < stop_row
+        is_column = columns < num_columns
+        row_scale = tl.load(x_scale + row_ids, mask=is_row, other=0.0)
+        column_scales = weight_scale + expert * out_features + columns
+        value = _scale(total, row_scale, tl.load(column_scales, mask=is_column, other=0.0), IS_SWAPPED)
+        if IS_GATED:
+            up_scale = tl.load(column_scales + num_columns, mask=is_column, other=0.0)
+            up = _scale(up_total, row_scale, up_scale, IS_SWAPPED)
+            value = value * tl.sigmoid(value) * up
+        if IS_SWAPPED:
+            value = tl.trans(value)
+        places = out + row_ids[:, None].to(tl.int64) * num_columns + columns[None, :]
+        tl.store(places, value.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _scale(total, row_scale, column_scale, IS_SWAPPED: tl.constexpr):  # noqa: N803
+    # NOTE(numerics): the row's scale first, then the column's, as the reference does.
+    if IS_SWAPPED:
+        value = total.to(tl.float32) * row_scale[None, :] * column_scale[:, None]
+    else:
+        value = total.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+    return value

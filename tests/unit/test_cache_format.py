@@ -1,0 +1,147 @@
+"""What a cache holds by ``kv_cache_dtype``: bytes a token, blocks for a given memory, and who is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from argosy.assets import builtin_model_directory
+from argosy.cache.cache_format import CacheDims, CacheFormat, PlainFormat, build_cache_format
+from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
+from argosy.config import EngineConfig, KVCacheDType
+from argosy.engine.build import prepare
+from argosy.engine.build_rank import cache_dims, measure_num_blocks
+from argosy.kernels import attend_sparse, gather_cache, index_scores, write_cache
+from argosy.models.deepseek.config import load_model_config, parse_model_config
+from argosy.platforms.cpu import CpuPlatform
+from tests.helpers.tiny import build_oracle, save_checkpoint
+
+CPU = torch.device("cpu")
+# From the published config.json.
+V32: dict[str, object] = {
+    "model_type": "deepseek_v32", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "first_k_dense_replace": 3, "num_attention_heads": 128,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "routed_scaling_factor": 2.5, "norm_topk_prob": True, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "index_n_heads": 64, "index_head_dim": 128,
+    "index_topk": 2048, "max_position_embeddings": 163840,
+}  # fmt: skip
+TINY = CacheDims(kv_lora_rank=48, qk_rope_head_dim=8, index_head_dim=16)
+
+
+def _cache(kind: KVCacheDType, dtype: torch.dtype = torch.float32) -> MLAKVCache:
+    return MLAKVCache(build_cache_format(kind, TINY, dtype, CPU), num_layers=2, num_blocks=5, block_size=4, device=CPU)
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bytes_per_token"),
+    [
+        ("auto", torch.bfloat16, 1408),
+        ("auto", torch.float32, 2816),
+        ("int8", torch.bfloat16, 788),
+        ("fp8", torch.bfloat16, 788),
+        ("int8", torch.float32, 788),  # the rope part is bf16 there too
+    ],
+)
+def test_bytes_of_a_token_of_the_published_model(kind: KVCacheDType, dtype: torch.dtype, bytes_per_token: int) -> None:
+    cache_format = build_cache_format(kind, cache_dims(parse_model_config(V32)), dtype, torch.device("meta"))
+    assert kv_bytes_per_block(cache_format, num_layers=1, block_size=1) == bytes_per_token
+    assert kv_bytes_per_block(cache_format, num_layers=61, block_size=64) == 61 * 64 * bytes_per_token
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "fp8"])
+def test_raw_tensors_are_layers_blocks_slots_and_a_row(kind: KVCacheDType) -> None:
+    cache = _cache(kind)
+    quantized = kind != "auto"
+    assert cache.latent.dtype == cache.index_k.dtype == (torch.uint8 if quantized else torch.float32)
+    assert cache.latent.shape == (2, 5, 4, 48 + 4 + 2 * 8 if quantized else 56)
+    assert cache.index_k.shape == (2, 5, 4, 20 if quantized else 16)
+    assert cache.num_bytes == 5 * kv_bytes_per_block(cache.format, num_layers=2, block_size=4)
+    assert cache.layer(1).latent.data_ptr() == cache.latent[1].data_ptr()
+
+
+def test_blocks_for_a_given_memory_grow_as_bytes_shrink() -> None:
+    model_config = load_model_config(builtin_model_directory("argosy-tiny"))
+    settings = EngineConfig(device="cpu", max_model_len=256, kv_cache_memory_bytes=8 * 2**20)
+
+    def num_blocks(kind: KVCacheDType) -> int:
+        config = dataclasses.replace(settings, kv_cache_dtype=kind)
+        return measure_num_blocks(config, model_config, torch.float32, CpuPlatform(), 1)
+
+    assert num_blocks("auto") == 8 * 2**20 // (5 * 64 * (128 + 16 + 32) * 4)
+    assert num_blocks("int8") == num_blocks("fp8") == 8 * 2**20 // (5 * 64 * (128 + 4 + 32 + 32 + 4))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_index_head_that_no_hadamard_matrix_rotates_is_refused(kind: KVCacheDType) -> None:
+    dims = dataclasses.replace(TINY, index_head_dim=24)
+    with pytest.raises(
+        ValueError, match=rf"{kind}: index_head_dim \(24\) must be a power of two.*--kv-cache-dtype auto"
+    ):
+        build_cache_format(kind, dims, torch.float32, CPU)
+    assert build_cache_format("auto", dims, torch.float32, CPU).index_k_width == 24
+
+
+def test_the_refusal_comes_before_weights_are_read(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    save_checkpoint(build_oracle("odd_sizes"), directory)
+    for shard in directory.glob("*.safetensors"):
+        shard.unlink()
+    tokenizer = str(builtin_model_directory("argosy-tiny"))
+    with pytest.raises(ValueError, match="power of two"):
+        prepare(EngineConfig(model=str(directory), tokenizer=tokenizer, device="cpu", kv_cache_dtype="int8"))
+
+
+def test_the_plain_format_is_the_kernels_themselves() -> None:
+    plain = PlainFormat(TINY, torch.float32)
+    ours, theirs = torch.zeros(5, 4, 56), torch.zeros(5, 4, 56)
+    slots, latent = torch.tensor([5, -1, 9]), _random(3, 56)
+    plain.write_latent(ours, slots, latent)
+    write_cache(theirs, slots, latent)
+    table, query = torch.tensor([[1, 2]], dtype=torch.int32), _random(2, 3, 56, seed=1)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(plain.gather_latent(ours, table, 7), gather_cache(theirs, table, 7))
+    chosen = torch.tensor([[5, 9], [9, -1]])
+    expected = attend_sparse(query, theirs, chosen, 48, 0.3)
+    assert torch.equal(plain.attend_sparse(query, ours, chosen, 0.3, is_full=False), expected)
+    keys = _random(5, 4, 16, seed=2)
+    index_q, weights = _random(1, 2, 4, 16, seed=3), _random(1, 2, 4, seed=4)
+    scores = plain.index_scores(index_q, keys, weights, table, 7)
+    assert torch.equal(scores, index_scores(index_q, gather_cache(keys, table, 7), weights))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writing_touches_its_slots_alone_and_reading_gives_them_back(kind: KVCacheDType, dtype: torch.dtype) -> None:
+    kv = _cache(kind, dtype).layer(1)
+    latent, index_k = _random(3, 56).to(dtype), _random(3, 16, seed=1).to(dtype)
+    kv.write(torch.tensor([13, -1, 4]), latent, index_k)
+    written = kv.latent.view(20, -1).any(dim=-1), kv.index_k.view(20, -1).any(dim=-1)
+    for touched in written:
+        assert touched.nonzero().flatten().tolist() == [0, 4, 13]  # 0 lies in the null block
+    gathered = kv.gather_latent(torch.tensor([[3, 1]], dtype=torch.int32), 5)
+    assert gathered.dtype == dtype and gathered.shape == (1, 5, 56)
+    found = gathered[0, [1, 4]].double()
+    assert torch.cosine_similarity(found, latent[[0, 2]].double(), dim=-1).min() > 0.998
+    assert not gathered[0, [0, 2, 3]].any()
+    everything = kv.attend_sparse(_random(1, 2, 56).to(dtype), torch.tensor([[13, 4, -1]]), 0.2)
+    assert everything.dtype == dtype and everything.shape == (1, 2, 48) and everything.isfinite().all()
+    scores = kv.index_scores(
+        index_k[:1].view(1, 1, 1, 16), torch.ones(1, 1, 1), torch.tensor([[3, 1]], dtype=torch.int32), 5
+    )
+    assert scores.shape == (1, 1, 5) and scores.argmax().item() == 1  # the key that equals the query
+    assert scores[0, 0, 1].item() == pytest.approx(index_k[0].float().square().sum().item(), rel=0.05)
+
+
+def test_every_choice_of_the_setting_has_a_format() -> None:
+    formats: list[CacheFormat] = [
+        build_cache_format(kind, TINY, torch.float32, CPU) for kind in ("auto", "int8", "fp8")
+    ]
+    assert [each.dtype for each in formats] == [torch.float32, torch.uint8, torch.uint8]
+    with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, int8, fp8, got 'int4'"):
+        EngineConfig(kv_cache_dtype="int4")  # type: ignore[arg-type]
