@@ -6,7 +6,7 @@ conversion. Page caches of the source are dropped before every read. The import 
 given too, because on a busy machine only they mean something. Invariant: numbers are printed only after the converted
 tensors equalled ``quantize_per_channel``.
 
-    python benchmarks/quantize.py [--source-mib 1200] [--format bf16|fp8] [--num-threads 2] [--runs 3] [--directory DIR]
+    python benchmarks/quantize.py [--source-mib 1200] [--format bf16|fp8] [--num-threads 3] [--runs 3] [--directory DIR]
 """
 
 import argparse
@@ -67,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source-mib", type=int, default=1200, help="size of the generated checkpoint")
     parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16", help="of the source")
-    parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--num-threads", type=int, default=len(os.sched_getaffinity(0)) + 1, help="default: as argosy quantize"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk to measure; default: the system's")
     arguments = parser.parse_args()

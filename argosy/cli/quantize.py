@@ -31,7 +31,7 @@ class QuantizeOptions:
     scheme: SchemeName = "w8a8"  # INT8 weights per output channel, INT8 activations per token
     quantize_kv_b: bool = False  # quantise kv_b_proj too, which attention then dequantises when it is loaded
     quantize_mtp: bool = False  # quantise the linears of MTP layers too, but for eh_proj and the head
-    num_threads: int | None = None  # None: one for each core that this process may use
+    num_threads: int | None = None  # None: one more than the cores, for one always waits for the disk
     max_shard_bytes: int | None = None  # of an output file; None: one output file for each of the source's
     overwrite: bool = False  # delete what a conversion with other options or of another source left in DESTINATION
     debug: bool = False  # show tracebacks
@@ -79,7 +79,7 @@ def _build_conversion(options: QuantizeOptions) -> "ConversionOptions":
         source=source,
         destination=Path(options.destination).expanduser(),
         target=target,
-        num_threads=len(os.sched_getaffinity(0)) if options.num_threads is None else options.num_threads,
+        num_threads=len(os.sched_getaffinity(0)) + 1 if options.num_threads is None else options.num_threads,
         max_shard_bytes=options.max_shard_bytes,
         overwrite=options.overwrite,
     )

@@ -44,19 +44,21 @@ def build_dispatcher(
     low_latency_layout: ExpertLayout = "padded",
     sum_rows: SumRows = sum_rows_in_torch,
     row_ops: RowOps | None = None,
+    max_whole_tokens: int = 0,
 ) -> TokenDispatcher:
     """One rank's dispatcher. Its tensors are made on the current default device, as a module's are.
 
     ``low_latency_layout`` is the form the experts get in low_latency; "sorted" suits a grouped product, "padded" a
     masked one, up to ``MAX_PADDED_ROWS``: above, rows are sorted all the same. ``sum_rows`` and ``row_ops`` (None:
-    plain torch) may be fused kernels.
+    plain torch) may be fused kernels. ``max_whole_tokens``: how many the experts of a single rank take in the whole
+    form.
 
     Raises:
         ValueError: experts cannot be divided among the ranks.
     """
     codec = build_payload(payload)
     if ep.size == 1:
-        return LocalDispatcher(num_experts)
+        return LocalDispatcher(num_experts, max_whole_tokens)
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
     exchanges: dict[ExchangeMode, RankExchange] = {

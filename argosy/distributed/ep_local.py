@@ -1,6 +1,7 @@
 """``LocalDispatcher``: all experts are on this rank, so dispatch sorts and combine unsorts.
 
-Nothing travels. Invariant: every shape depends on T and K alone; no count is read on the host.
+Nothing travels, and a few tokens of a model with few experts need not even be sorted. Invariant: every shape depends on
+T and K alone; no count of a device is read on the host.
 
 Shape letters: T tokens, D hidden, K experts per token, M routed rows (T * K), e local experts.
 """
@@ -12,6 +13,9 @@ import torch
 
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, DispatchedTokens, DispatchHandle, ExchangePlan
 from argosy.distributed.pending import Pending, Ready
+
+MIN_WHOLE_TOKENS = 4  # fewer leave most experts idle
+MAX_WHOLE_SHARE = 4  # experts per expert that a token visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,23 @@ class LocalHandle:
         return Ready(torch.bmm(self.topk_weights.unsqueeze(1), routed.float()).squeeze(1))
 
 
-class LocalDispatcher:
-    """An id of -1 is computed by expert 0 with weight 0, which keeps shapes fixed."""
+class WholeHandle:
+    """The experts have summed already."""
 
-    def __init__(self, num_experts: int) -> None:
+    def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
+        return Ready(expert_out.float())
+
+
+class LocalDispatcher:
+    """An id of -1 is computed by expert 0 with weight 0, which keeps shapes fixed.
+
+    On a CPU, up to ``max_whole_tokens`` are handed to all experts together: two large products then replace the sort
+    and many small ones. It pays while a token visits a quarter of the experts at least.
+    """
+
+    def __init__(self, num_experts: int, max_whole_tokens: int = 0) -> None:
         self._num_experts = num_experts
+        self._max_whole_tokens = max_whole_tokens
 
     def start_dispatch(
         self,
@@ -42,6 +58,10 @@ class LocalDispatcher:
         topk_weights: torch.Tensor,
         plan: ExchangePlan = SINGLE_RANK_PLAN,
     ) -> Pending[DispatchedTokens]:
+        num_tokens, num_experts_per_tok = topk_ids.shape
+        is_few = MIN_WHOLE_TOKENS <= num_tokens <= self._max_whole_tokens
+        if is_few and num_experts_per_tok * MAX_WHOLE_SHARE >= self._num_experts:
+            return Ready(self._dispatch_whole(x, topk_ids, topk_weights))
         is_none = topk_ids < 0
         routed_ids = topk_ids.masked_fill(is_none, 0).flatten()
         sort = sort_by_expert_on_host if routed_ids.is_cpu else sort_by_expert
@@ -51,6 +71,15 @@ class LocalDispatcher:
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         return handle.start_combine(expert_out)
+
+    def _dispatch_whole(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedTokens:
+        ids = topk_ids.numpy()
+        # One column more than experts: -1 finds it, and it is left out.
+        weights = np.zeros((x.shape[0], self._num_experts + 1), dtype=np.float32)
+        weights[np.arange(x.shape[0])[:, None], ids] = topk_weights.numpy()
+        counts = np.bincount(ids[ids >= 0], minlength=self._num_experts).astype(np.int32)
+        expert_weights = torch.from_numpy(weights)[:, : self._num_experts]
+        return DispatchedTokens(x, torch.from_numpy(counts), WholeHandle(), expert_weights)
 
 
 def sort_by_expert(routed_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

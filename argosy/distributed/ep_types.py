@@ -51,16 +51,19 @@ class DispatchHandle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DispatchedTokens:
-    """Rows for this rank's experts, in one of two forms.
+    """Rows for this rank's experts, in one of three forms.
 
     Sorted: ``hidden_states [M, D]``, expert after expert; rows behind the counts' sum belong to nobody.
     Padded: ``hidden_states [e, capacity, D]``; rows at and behind an expert's count are padding.
     What the experts make of rows that are nobody's, or padding, is never read.
+    Whole: ``hidden_states [T, D]`` with ``expert_weights``; every expert sees every token, and what comes out is the
+    weighted sum over experts, [T, D]. Only where the experts were built to take it.
     """
 
     hidden_states: torch.Tensor
     num_tokens_per_expert: torch.Tensor  # [e] int32
     handle: DispatchHandle
+    expert_weights: torch.Tensor | None = None  # [T, e] float32, 0 where the token does not go
 
     @property
     def is_padded(self) -> bool:

@@ -6,10 +6,11 @@ from argosy.kernels.choice import (
     grouped_mlp_w8a8_masked,
     linear_fp8,
     linear_w8a8,
-    positions_to_slots,
     rms_norm,
     route_grouped_topk,
-    select_topk_positions,
+    select_topk_slots,
+    silu_mul,
+    weighted_mlp,
 )
 from argosy.kernels.reference import (
     RotaryRows,
@@ -23,9 +24,10 @@ from argosy.kernels.reference import (
     index_scores,
     layer_norm,
     linear_fp32,
+    positions_to_slots,
     rope_half_split_,
     rope_interleaved_,
-    silu_mul,
+    select_topk_positions,
     write_cache,
 )
 from argosy.kernels.reference_cache_rows import (
@@ -77,6 +79,8 @@ __all__ = [
     "rope_interleaved_",
     "route_grouped_topk",
     "select_topk_positions",
+    "select_topk_slots",
     "silu_mul",
+    "weighted_mlp",
     "write_cache",
 ]

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from argosy.kernels import cpu, cpu_w8a8, device_fp8, device_w8a8, reference, reference_fp8
+from argosy.kernels import cpu, cpu_w8a8, device_fp8, device_w8a8, reference, reference_experts, reference_fp8
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -15,14 +15,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (cpu if x.is_cpu else reference).rms_norm(x, weight, eps)
 
 
-def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
-    """See ``reference.select_topk_positions``."""
-    return (cpu if scores.is_cpu else reference).select_topk_positions(scores, num_visible, topk)
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See ``reference.silu_mul``."""
+    return (cpu if gate_up.is_cpu else reference).silu_mul(gate_up)
 
 
-def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:
-    """See ``reference.positions_to_slots``."""
-    return (cpu if positions.is_cpu else reference).positions_to_slots(positions, block_table, block_size)
+def select_topk_slots(
+    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """See ``reference.select_topk_slots``."""
+    chosen = cpu if scores.is_cpu else reference
+    return chosen.select_topk_slots(scores, num_visible, topk, block_table, block_size)
 
 
 def route_grouped_topk(
@@ -52,6 +55,14 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """See ``reference.grouped_mlp``."""
     return (cpu if x.is_cpu else reference).grouped_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert)
+
+
+def weighted_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, expert_weights: torch.Tensor
+) -> torch.Tensor:
+    """See ``reference_experts.weighted_mlp``."""
+    is_fast = x.is_cpu and x.dtype == torch.float32
+    return (cpu if is_fast else reference_experts).weighted_mlp(x, gate_up_proj, down_proj, expert_weights)
 
 
 def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,19 @@ Invariant: each function is the fast twin of the one of the same name in ``refer
 Shape letters: see ``reference.py``; e experts, M sorted rows.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from argosy.kernels.reference import silu_mul
+from argosy.kernels import reference
 
 # Below these, grouped_mlp pads: rows in all, and padded rows per row.
 _MAX_PADDED_ROWS = 1024
 _MAX_PADDING = 3
+_MIN_LEFT_TOKENS = 16  # of weighted_mlp
 _NEVER = np.iinfo(np.int64).min  # a key below every score's
 
 
@@ -25,13 +27,24 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(n * eps), over sqrt(n): four calls instead of eight."""
     size = x.shape[-1]
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.hypot(length, torch.scalar_tensor(math.sqrt(size * eps))).mul_(size**-0.5)
-    return (x / scale).mul_(weight).to(x.dtype)
+    scale = torch.hypot(length, _constant(math.sqrt(size * eps))).mul_(size**-0.5)
+    normed = (x / scale).mul_(weight)
+    return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 
 
-def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Without conversions that change nothing."""
+    if gate_up.dtype != torch.float32:
+        return reference.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def select_topk_slots(
+    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
     """A full sort of the same packed keys: for these sizes faster than a partial one."""
-    num_keys = scores.shape[1]
+    num_rows, num_keys = scores.shape
     position = np.arange(num_keys)
     bits = (scores.numpy() + 0.0).view(np.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the float's value
@@ -39,17 +52,14 @@ def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk:
     keys[position >= num_visible.numpy()[:, None]] = _NEVER
     keys.sort(axis=1)
     best = keys[:, : -topk - 1 : -1]  # from the highest down
-    chosen = np.full((scores.shape[0], topk), -1, dtype=np.int32)
-    chosen[:, : best.shape[1]] = np.where(best == _NEVER, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF))
-    return torch.from_numpy(chosen)
-
-
-def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block_size: int) -> torch.Tensor:
-    known, blocks = positions.numpy(), block_table.numpy()
-    row = np.arange(blocks.shape[0])[:, None]  # one row serves all positions
-    # A position of -1 reads the last block of its row, and is put right after.
-    slots = blocks[row, known // block_size] * np.int64(block_size) + known % block_size
-    slots[known < 0] = -1
+    chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)  # of what is not visible, some number beyond all positions
+    blocks = block_table.numpy()
+    row = np.arange(blocks.shape[0])[:, None]  # one row serves all tokens
+    is_none = best == _NEVER
+    chosen[is_none] = 0
+    slots = np.full((num_rows, topk), -1, dtype=np.int64)
+    slots[:, : best.shape[1]] = blocks[row, chosen // block_size] * np.int64(block_size) + chosen % block_size
+    slots[:, : best.shape[1]][is_none] = -1
     return torch.from_numpy(slots)
 
 
@@ -91,6 +101,31 @@ def grouped_mlp(
     if 0 < x.shape[0] <= _MAX_PADDED_ROWS and len(counts) * busiest <= _MAX_PADDING * x.shape[0]:
         return _padded_mlp(x, gate_up_proj, down_proj, counts, busiest)
     return _mlp_of_busy_experts(x, gate_up_proj, down_proj, counts)
+
+
+@functools.cache
+def _constant(value: float) -> torch.Tensor:
+    """A norm's epsilon: one of a few in a process."""
+    return torch.tensor(value, device="cpu")
+
+
+def weighted_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, expert_weights: torch.Tensor
+) -> torch.Tensor:
+    """Two products over all experts at once.
+
+    NOTE(numerics): weighted before the second product, whose sum then runs over all experts.
+    """
+    num_experts, joined_width, hidden_size = gate_up_proj.shape
+    num_tokens, width = x.shape[0], joined_width // 2
+    matrix = gate_up_proj.reshape(num_experts * joined_width, hidden_size)
+    # MKL reads so wide a matrix faster from the left, when there are enough tokens to its right.
+    is_left = num_tokens >= _MIN_LEFT_TOKENS
+    gate_up = torch.mm(matrix, x.t()).t() if is_left else F.linear(x, matrix)
+    gate_up = gate_up.view(num_tokens, num_experts, joined_width)
+    hidden = F.silu(gate_up[..., :width]).mul_(gate_up[..., width:]).mul_(expert_weights.unsqueeze(2))
+    down = down_proj.transpose(0, 1).reshape(hidden_size, num_experts * width)
+    return F.linear(hidden.view(num_tokens, num_experts * width), down)
 
 
 def _padded_mlp(

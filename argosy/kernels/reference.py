@@ -224,6 +224,13 @@ def positions_to_slots(positions: torch.Tensor, block_table: torch.Tensor, block
     return torch.where(positions >= 0, blocks * block_size + known % block_size, -1)
 
 
+def select_topk_slots(
+    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Cache slots of the keys that ``select_topk_positions`` chooses: [N, topk] int64, -1 where there are fewer."""
+    return positions_to_slots(select_topk_positions(scores, num_visible, topk), block_table, block_size)
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 

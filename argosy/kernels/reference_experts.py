@@ -39,5 +39,20 @@ def grouped_mlp_masked_loop(
     return out
 
 
+def weighted_mlp(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, expert_weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of all experts' gated MLPs on every token: ``x: [T, D]``, ``expert_weights: [T, e]`` f32 ->
+    [T, D].
+
+    ``gate_up_proj: [e, 2F, D]``, ``down_proj: [e, D, F]``. Added in float32.
+    """
+    out = x.new_zeros(x.shape, dtype=torch.float32)
+    for expert in range(expert_weights.shape[1]):
+        hidden = silu_mul(F.linear(x, gate_up_proj[expert]))
+        out += F.linear(hidden, down_proj[expert]).float() * expert_weights[:, expert : expert + 1]
+    return out.to(x.dtype)
+
+
 def _batched_mlp(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> torch.Tensor:
     return torch.bmm(silu_mul(torch.bmm(x, gate_up_proj.transpose(1, 2))), down_proj.transpose(1, 2))

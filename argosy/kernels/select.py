@@ -35,6 +35,12 @@ def select_row_ops(device_type: str, reference: RowOpsT) -> "RowOpsT | TritonRow
     return TritonRowOps()
 
 
+def select_max_whole_tokens(device_type: str, dtype: torch.dtype) -> int:
+    """For ``build_dispatcher(..., max_whole_tokens=...)``, where experts are plain: up to how many tokens a CPU is
+    faster with all experts in one product (measured with 32 experts of 64, ``docs/log.md``, 2026-11-22)."""
+    return 48 if device_type == "cpu" and dtype == torch.float32 else 0
+
+
 def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:
     """For ``build_dispatcher(..., low_latency_layout=...)``: the form whose product skips what is nobody's.
 

@@ -16,11 +16,10 @@ from argosy.quantization.convert_rows import (
     CHUNK_ELEMENTS,
     TORCH_DTYPES,
     ErrorSums,
+    FP8Decoder,
     RowQuantizer,
     check_finite,
-    check_fp8,
     decode_float,
-    decode_fp8,
     round_rows,
 )
 from argosy.quantization.file_pieces import NewFile, SourceFiles
@@ -76,8 +75,6 @@ def convert_piece(
             destination.write(data, conversion.start_byte + piece.start)
             return None
         scales = _read_scales(piece, block_size, source)
-        if scales is not None:
-            check_fp8(data)
         if conversion.action is Action.DEQUANTIZE:
             _write_dequantized(piece, _decode_chunks(piece, data, scales, block_size), destination)
             return None
@@ -117,7 +114,9 @@ def _decode_chunks(
     step = max(1, CHUNK_ELEMENTS // max(1, num_columns))
     if scales is not None:  # equal parts of a block's rows, for a chunk of two rows costs as much as one of twenty
         step = -(-block_size[0] // -(-block_size[0] // step))
-    buffer = torch.empty(min(step, piece.stop - piece.start), num_columns)
+    max_rows = min(step, piece.stop - piece.start)
+    buffer = torch.empty(max_rows, num_columns)
+    fp8 = FP8Decoder(0 if scales is None else max_rows, num_columns)
     start = piece.start
     while start < piece.stop:
         stop = min(start + step, piece.stop)
@@ -128,7 +127,7 @@ def _decode_chunks(
         if scales is None:
             decode_float(data_rows, header.dtype, numbers)
         else:
-            decode_fp8(data_rows, numbers, scales[start // block_size[0] - piece.start // block_size[0]], block_size[1])
+            fp8.decode(data_rows, numbers, scales[start // block_size[0] - piece.start // block_size[0]], block_size[1])
         yield start, numbers
         start = stop
 

@@ -85,12 +85,16 @@ class Schemes:
         Raises:
             ValueError: some of their linears are quantised and some are not.
         """
+        is_plain = self.has_plain_experts(expert_ids, hidden_size, expert_width)
+        scheme: ExpertScheme = self.plain if is_plain else self.quantized
+        return scheme.build_experts(len(expert_ids), hidden_size, expert_width)
+
+    def has_plain_experts(self, expert_ids: range, hidden_size: int, expert_width: int) -> bool:
+        """Whether ``build_experts`` makes plain ones; raises as it does."""
         gate_up = LinearShape(in_features=hidden_size, out_features=expert_width, num_joined=2)
         down = LinearShape(in_features=expert_width, out_features=hidden_size)
         names = [f"{expert_id}.{kind}_proj" for expert_id in expert_ids for kind in ("gate", "up", "down")]
-        fits = self.quantized.fits(gate_up) and self.quantized.fits(down)
-        scheme = self.quantized if self._are_quantized(names) and fits else self.plain
-        return scheme.build_experts(len(expert_ids), hidden_size, expert_width)
+        return not (self._are_quantized(names) and self.quantized.fits(gate_up) and self.quantized.fits(down))
 
     def _are_quantized(self, names: Iterable[str]) -> bool:
         is_quantized = {name: self.quantization.is_quantized(self.prefix + name) for name in names}

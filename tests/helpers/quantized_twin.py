@@ -62,6 +62,7 @@ def compare_modules(plain: nn.Module, twin: nn.Module, run: Callable[[], object]
     def listen(name: str) -> Callable[[nn.Module, tuple[object, ...], torch.Tensor], None]:
         def compare(module: nn.Module, args: tuple[object, ...], expected: torch.Tensor) -> None:
             (x,) = args
+            assert not isinstance(x, DispatchedTokens) or x.expert_weights is None, "more tokens are needed"
             actual = quantized[name](x)
             if isinstance(x, DispatchedTokens):
                 counts = x.num_tokens_per_expert.tolist()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from argosy.kernels import cpu, reference
+from argosy.kernels import cpu, reference, reference_experts
 from tests.helpers.tolerance import FP32_OP_ATOL
 
 
@@ -28,26 +28,42 @@ def test_rms_norm_of_a_slice_of_a_wider_tensor() -> None:
     assert torch.allclose(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), atol=FP32_OP_ATOL)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate_up = _random(5, 48).to(dtype)
+    fast, slow = cpu.silu_mul(gate_up), reference.silu_mul(gate_up)
+    assert fast.dtype == dtype
+    assert torch.equal(fast, slow)
+
+
+@pytest.mark.parametrize("has_one_row_of_blocks", [True, False])
 @pytest.mark.parametrize("num_keys", [1, 3, 40, 200, 5000])
 @pytest.mark.parametrize("num_rows", [0, 1, 50])
-def test_select_topk_positions(num_rows: int, num_keys: int) -> None:
+def test_select_topk_slots(num_rows: int, num_keys: int, has_one_row_of_blocks: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
     scores = (_random(num_rows, num_keys) * 3).round() / 2  # many ties, both signs, -0.0
-    num_visible = torch.randint(0, num_keys + 1, (num_rows,), generator=torch.Generator().manual_seed(3))
+    num_visible = torch.randint(0, num_keys + 1, (num_rows,), generator=generator)
+    num_blocks = -(-num_keys // 16)
+    shape = (1 if has_one_row_of_blocks else num_rows, num_blocks)
+    block_table = torch.randint(0, 2**31 // 16, shape, generator=generator, dtype=torch.int32)
     for topk in (1, 16, 64):
-        fast = cpu.select_topk_positions(scores, num_visible, topk)
-        slow = reference.select_topk_positions(scores, num_visible, topk)
+        fast = cpu.select_topk_slots(scores, num_visible, topk, block_table, 16)
+        slow = reference.select_topk_slots(scores, num_visible, topk, block_table, 16)
         assert fast.dtype == slow.dtype
         assert torch.equal(fast, slow)
 
 
-@pytest.mark.parametrize("table_rows", [1, 6])
-def test_positions_to_slots(table_rows: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    table = torch.randint(0, 2**31 // 16, (table_rows, 9), generator=generator, dtype=torch.int32)
-    positions = torch.randint(-1, 9 * 16, (6, 30), generator=generator, dtype=torch.int32)
-    fast, slow = cpu.positions_to_slots(positions, table, 16), reference.positions_to_slots(positions, table, 16)
-    assert fast.dtype == slow.dtype
-    assert torch.equal(fast, slow)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 15, 16, 40])
+def test_weighted_mlp(num_tokens: int) -> None:
+    """Few tokens and many take two orders of the first product; the second's matrix is stored in another order."""
+    x, weights = _random(num_tokens, 32), _random(num_tokens, 6, seed=3)
+    weights[:, 2] = 0.0
+    gate_up, down = _random(6, 48, 32, seed=1), _random(32, 6, 24, seed=2).transpose(0, 1)
+    slow = reference_experts.weighted_mlp(x, gate_up, down, weights)
+    for order in (down, down.contiguous()):
+        fast = cpu.weighted_mlp(x, gate_up, order, weights)
+        assert fast.shape == slow.shape
+        assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-3)  # sums of 144 numbers around 100
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def test_linears_and_experts_of_the_built_in_model_stay_close(
     tiny: LoadedModel, prompts: list[list[int]], quantization: CheckpointQuantization
 ) -> None:
     twin = build_quantized_twin(tiny.model, tiny.config, quantization)
-    cosines = compare_modules(tiny.model, twin, lambda: tiny.probe.hidden_states(prompts[:1], 2048))
+    # Twice the first: more tokens than plain experts take unsorted.
+    cosines = compare_modules(tiny.model, twin, lambda: tiny.probe.hidden_states([prompts[0] * 2], 2048))
     assert "model.layers.0.self_attn.o_proj" in cosines
     worst = min(cosines, key=lambda name: cosines[name])
     assert cosines[worst] >= MODULE_COSINE[quantization.kind], worst

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from argosy.quantization.convert_rows import RowQuantizer, check_fp8, decode_fp8
+from argosy.quantization.convert_rows import FP8Decoder, RowQuantizer
 from argosy.quantization.fp8_block import dequantize_fp8_block
 from argosy.quantization.quantize_weight import MIN_AMAX, dequantize_per_channel, quantize_per_channel
 from tests.helpers.checkpoints import quantize_fp8_block
@@ -72,16 +72,15 @@ def test_rows_equal_the_whole_bit_by_bit_and_count_their_error() -> None:
 
 def test_every_fp8_code_decodes_as_torch_does() -> None:
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
-    check_fp8(codes.numpy())
     decoded = torch.empty(1, 254)
-    decode_fp8(codes.numpy(), decoded, torch.tensor([1.0]), block_columns=254)
+    FP8Decoder(3, 254).decode(codes.numpy(), decoded, torch.tensor([1.0]), block_columns=254)
     assert torch.equal(decoded[0], codes.view(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_fp8_nan_is_refused(code: int) -> None:
     with pytest.raises(ValueError, match="is NaN"):
-        check_fp8(np.array([0, code, 1], dtype=np.uint8))
+        FP8Decoder(1, 3).decode(np.array([0, code, 1], dtype=np.uint8), torch.empty(1, 3), torch.ones(1), 128)
 
 
 @pytest.mark.parametrize("num_columns", [1, 127, 128, 256, 300])
@@ -90,5 +89,5 @@ def test_fp8_rows_equal_the_dequantised_block(num_columns: int) -> None:
     quantized, scale_inv = quantize_fp8_block(weight)
     data = quantized.view(torch.uint8).numpy().reshape(-1)
     decoded = torch.empty(40, num_columns)
-    decode_fp8(data, decoded, scale_inv[0], block_columns=128)
+    FP8Decoder(40, num_columns).decode(data, decoded, scale_inv[0], block_columns=128)
     assert torch.equal(decoded, dequantize_fp8_block(quantized, scale_inv, torch.float32))

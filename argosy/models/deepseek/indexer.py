@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from argosy.cache.mla_kv_cache import LayerKV
-from argosy.kernels import RotaryRows, positions_to_slots, rope_half_split_, select_topk_positions
+from argosy.kernels import RotaryRows, rope_half_split_, select_topk_slots
 from argosy.layers.forward_batch import AttentionMetadata, PrefillSegment
 from argosy.layers.linear import Fp32Linear, build_linear
 from argosy.layers.norm import LayerNorm
@@ -63,8 +63,7 @@ class Indexer(nn.Module):
         block_table = attention.block_table[:rows]
         index_q, index_weights = query.index_q[:rows].unsqueeze(1), query.index_weights[:rows].unsqueeze(1)
         scores = kv.index_scores(index_q, index_weights, block_table, attention.max_decode_seq_len)  # [rows, 1, S]
-        positions = select_topk_positions(scores.squeeze(1), attention.seq_lens[:rows], self.topk)
-        return positions_to_slots(positions, block_table, kv.block_size)
+        return select_topk_slots(scores.squeeze(1), attention.seq_lens[:rows], self.topk, block_table, kv.block_size)
 
     def select_prefill_slots(
         self, query: IndexQuery, kv: LayerKV, attention: AttentionMetadata, segment: PrefillSegment
@@ -75,5 +74,4 @@ class Indexer(nn.Module):
         index_q, index_weights = query.index_q[tokens].unsqueeze(0), query.index_weights[tokens].unsqueeze(0)
         scores = kv.index_scores(index_q, index_weights, block_table, segment.seq_len)  # [1, T, S]
         num_visible = torch.arange(segment.num_computed_tokens + 1, segment.seq_len + 1, device=scores.device)  # causal
-        positions = select_topk_positions(scores.squeeze(0), num_visible, self.topk)
-        return positions_to_slots(positions, block_table, kv.block_size)
+        return select_topk_slots(scores.squeeze(0), num_visible, self.topk, block_table, kv.block_size)

@@ -67,6 +67,10 @@ class MLAAttention(nn.Module):
         self.kv_b_proj = schemes.build_plain_linear(
             LinearShape(in_features=self._rank, out_features=kv_b_width, out_parts=tp_size)
         )
+        # Views, made once: slicing costs microseconds, and every step asks. The loader writes to the same memory.
+        kv_b_heads = self.kv_b_proj.weight.view(self._heads, self._nope_dim + self._v_dim, self._rank)
+        self._w_uk = kv_b_heads[:, : self._nope_dim]  # [H, N, R]
+        self._w_uv = kv_b_heads[:, self._nope_dim :].transpose(1, 2)  # [H, R, V]
         self.o_proj = build_row_parallel(schemes, "o_proj", v_width, config.hidden_size, tp_size)
         self.indexer = Indexer(config, schemes.at("indexer"))
 
@@ -147,14 +151,9 @@ class MLAAttention(nn.Module):
 
     def _absorb(self, queries: HeadQueries) -> torch.Tensor:
         """[q_nope @ w_uk | q_rope]: [T, H, C]."""
-        w_uk = self._kv_b_heads()[:, : self._nope_dim]  # [H, N, R]
-        q_latent = torch.bmm(queries.q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        q_latent = torch.bmm(queries.q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)
         return torch.cat((q_latent, queries.q_rope), dim=-1)
 
     def _unabsorb(self, attended: torch.Tensor) -> torch.Tensor:
         """``attended: [T, H, R]`` @ w_uv -> [T, H, V]."""
-        w_uv = self._kv_b_heads()[:, self._nope_dim :]  # [H, V, R]
-        return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-
-    def _kv_b_heads(self) -> torch.Tensor:
-        return self.kv_b_proj.weight.view(self._heads, self._nope_dim + self._v_dim, self._rank)
+        return torch.bmm(attended.transpose(0, 1), self._w_uv).transpose(0, 1)

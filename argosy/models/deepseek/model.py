@@ -21,7 +21,12 @@ from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.expert_load import ExpertLoad
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.tp_comm import build_token_slices, gather_vocabulary
-from argosy.kernels.select import select_expert_layout, select_row_ops, select_sum_rows
+from argosy.kernels.select import (
+    select_expert_layout,
+    select_max_whole_tokens,
+    select_row_ops,
+    select_sum_rows,
+)
 from argosy.layers.embedding import build_embedding
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.layers.linear import VocabParallelHead
@@ -85,6 +90,8 @@ class DecoderLayer(nn.Module):
 
 def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
     config, mesh, device_type = parts.config, parts.mesh, torch.get_default_device().type
+    expert_ids = mesh.layout.local_expert_ids(mesh.coords.ep, config.n_routed_experts)
+    is_plain = schemes.at("experts").has_plain_experts(expert_ids, config.hidden_size, config.moe_intermediate_size)
     dispatcher = build_dispatcher(
         mesh.ep.named(f"layer {layer_id} experts"),
         config.n_routed_experts,
@@ -92,12 +99,13 @@ def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
         low_latency_layout=select_expert_layout(device_type),
         row_ops=select_row_ops(device_type, TorchRowOps()),
         sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
+        max_whole_tokens=select_max_whole_tokens(device_type, parts.dtype) if is_plain else 0,
     )
     return MoELayer(
         config,
         dispatcher,
         schemes,
-        mesh.layout.local_expert_ids(mesh.coords.ep, config.n_routed_experts),
+        expert_ids,
         parts.expert_load.layer(layer_id - config.first_k_dense_replace),
     )
 
