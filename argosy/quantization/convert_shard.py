@@ -27,6 +27,9 @@ from argosy.quantization.safetensors_headers import DTYPE_BYTES
 
 PIECE_BYTES = 8 * 2**20  # read at once by a thread: large enough for any disk, small beside torch itself
 
+# The number of the first row, rows [n, K] f32, and where it is known already the amax of each [n, 1].
+Chunk = tuple[int, torch.Tensor, torch.Tensor | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -104,8 +107,8 @@ def _read_scales(piece: Piece, block_size: tuple[int, int], source: SourceFiles)
 
 def _decode_chunks(
     piece: Piece, data: np.ndarray, scales: torch.Tensor | None, block_size: tuple[int, int]
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """The piece's rows in float32, a few at a time: (number of the first row in the tensor, [n, K]).
+) -> Iterator[Chunk]:
+    """The piece's rows in float32, a few at a time.
 
     Every next chunk takes the memory of the one before.
     """
@@ -124,32 +127,34 @@ def _decode_chunks(
             stop = min(stop, (start // block_size[0] + 1) * block_size[0])
         data_rows = data[(start - piece.start) * row_bytes : (stop - piece.start) * row_bytes]
         numbers = buffer[: stop - start]
+        amax = None
         if scales is None:
             decode_float(data_rows, header.dtype, numbers)
         else:
-            fp8.decode(data_rows, numbers, scales[start // block_size[0] - piece.start // block_size[0]], block_size[1])
-        yield start, numbers
+            scale_row = scales[start // block_size[0] - piece.start // block_size[0]]
+            amax = fp8.decode(data_rows, numbers, scale_row, block_size[1])
+        yield start, numbers, amax
         start = stop
 
 
-def _write_quantized(piece: Piece, chunks: Iterator[tuple[int, torch.Tensor]], destination: NewFile) -> ErrorSums:
+def _write_quantized(piece: Piece, chunks: Iterator[Chunk], destination: NewFile) -> ErrorSums:
     conversion = piece.conversion
     assert conversion.scale_start_byte is not None
     num_columns = conversion.source.shape[1]
     rows = RowQuantizer(piece.stop - piece.start, num_columns)
-    for first_row, numbers in chunks:
-        rows.add(first_row - piece.start, numbers)
+    for first_row, numbers, amax in chunks:
+        rows.add(first_row - piece.start, numbers, amax)
     errors = rows.finish(piece.start)
     destination.write(rows.quantized.numpy(), conversion.start_byte + piece.start * num_columns)
     destination.write(rows.scale.numpy(), conversion.scale_start_byte + 4 * piece.start)
     return errors
 
 
-def _write_dequantized(piece: Piece, chunks: Iterator[tuple[int, torch.Tensor]], destination: NewFile) -> None:
+def _write_dequantized(piece: Piece, chunks: Iterator[Chunk], destination: NewFile) -> None:
     conversion = piece.conversion
     num_columns = conversion.source.shape[1]
     out = torch.empty(piece.stop - piece.start, num_columns, dtype=torch.bfloat16)
-    for first_row, numbers in chunks:
+    for first_row, numbers, _ in chunks:
         start = first_row - piece.start
         round_rows(numbers, out[start : start + numbers.shape[0]], first_row)
     data = out.view(torch.uint8).numpy()
