@@ -63,10 +63,10 @@ RunGates = Callable[[EngineConfig, ValidateOptions], Iterable[GateResult]]
 
 def run_validate(options: ValidateOptions, invocation: Invocation, run_gates: RunGates | None = None) -> int:
     if options.topologies:
-        options_of_table = TableOptions(
+        table_options = TableOptions(
             topologies=options.only, formats=options.formats, greedy_tokens=options.greedy_tokens[0]
         )
-        return run_equality_table(options_of_table, invocation)
+        return run_equality_table(table_options, invocation)
     results = list((run_gates or run_oracle_gates)(invocation.engine_config, options))
     table = Table("gate", "measured", "threshold", "passed", "detail")
     for result in results:
