@@ -90,18 +90,25 @@ class RankProcesses:
         """
         store = _open_store(spec)
         others = set(multiprocessing.active_children())
+        processes: RankProcesses | None = None
         try:
             if spec.torchrun is None:
                 claim_place(store, "node", spec.node_rank, spec.nnodes)
-            context = _start_ranks(entry, spec, store.address)
-        except BaseException:  # also Ctrl-C between two forks
+            with _environment_of_ranks():
+                _start_fork_server(spec.preload)  # seconds of imports, which Ctrl-C may break off
+                with _late_signals():  # between a fork and the note of it, nobody could end the rank
+                    processes = cls(spec, store, _start_ranks(entry, spec, store.address))
+        except BaseException:
+            if processes is not None:
+                processes.close(grace_s=0.0)
+                raise
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             if not others:
                 _end_fork_server()
             store.close()
             raise
-        return cls(spec, store, context)
+        return processes
 
     @property
     def is_finished(self) -> bool:
@@ -258,8 +265,7 @@ def _start_ranks(entry: Callable[[RankContext], None], spec: LaunchSpec, address
         RankSeat(spec, rank, spec.torchrun.local_rank if spec.torchrun else index, address, dump_directory)
         for index, rank in enumerate(spec.local_ranks)
     ]
-    with _environment_of_ranks(), _kept_signal_handler(UNSENT_SIGNAL):
-        _start_fork_server(spec.preload)
+    with _kept_signal_handler(UNSENT_SIGNAL):
         return start_processes(
             "argosy",
             _become_child,
@@ -271,7 +277,10 @@ def _start_ranks(entry: Callable[[RankContext], None], spec: LaunchSpec, address
 
 
 def _start_fork_server(preload: tuple[str, ...]) -> None:
-    """Imported once, ranks are forked from there: what this process has loaded of ours, they will need too."""
+    """Imported once, ranks are forked from there: what this process has loaded of ours, they will need too.
+
+    Returns when the imports are done and a fork takes milliseconds.
+    """
     ours = [name for name in sys.modules if name.startswith("argosy.") and not name.endswith("__main__")]
     multiprocessing.set_forkserver_preload([FORK_SERVER_MODULE, "torch", __name__, *ours, *preload])
     resource_tracker.ensure_running()  # NOTE(order): first, for it unblocks the signals
@@ -280,10 +289,17 @@ def _start_fork_server(preload: tuple[str, ...]) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED_SIGNALS)
+    probe = multiprocessing.get_context("forkserver").Process(target=_become_nothing)
+    probe.start()
+    probe.join()
+
+
+def _become_nothing() -> None:
+    """In a new process, which shows that the fork server can make some."""
 
 
 def _end_fork_server() -> None:
-    """After a start that was broken off: a rank may wait for the end of the imports, and nobody knows its pid yet."""
+    """After a start that was broken off in the seconds of its imports."""
     server: Any = forkserver._forkserver
     if server._forkserver_pid is not None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
@@ -321,6 +337,27 @@ def _environment_of_ranks() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _late_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end. A mask would not do: other threads would take them for this one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # their handlers run in the main thread
+        return
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SHIELDED_SIGNALS}
+    for number, handler in handlers.items():
+        if handler not in (signal.SIG_IGN, None):
+            signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

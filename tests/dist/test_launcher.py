@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import PContext
 
 from argosy.distributed.launcher import RankProcesses
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.rank_process import LaunchSpec
-from argosy.distributed.rendezvous import StoreAddress, TorchrunPlace, host_store
+from argosy.distributed.rendezvous import RankStore, StoreAddress, TorchrunPlace, host_store
 from tests.helpers import rank_entries
 from tests.helpers.rank_entries import LAYOUT, await_ready, is_alive, spec
 
@@ -35,6 +36,25 @@ def test_ranks_run_and_end_well(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in processes.pids.values())
     assert not list(tmp_path.iterdir())
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["ranks-unwatched", "ranks-watched"])
+def test_ctrl_c_between_the_forks_and_the_return_ends_the_ranks(tmp_path: Path, is_late: bool) -> None:
+    class Interrupted(RankProcesses):
+        def __init__(self, spec: LaunchSpec, store: RankStore, context: PContext) -> None:
+            pids.extend(context.pids().values())
+            if not is_late:
+                signal.raise_signal(signal.SIGINT)
+            super().__init__(spec, store, context)
+            if is_late:
+                signal.raise_signal(signal.SIGINT)
+
+    pids: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted.start(rank_entries.idle_for_ever, spec(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(pids) == LAYOUT.world_size and not any(is_alive(pid) for pid in pids)
 
 
 def test_users_mistake_on_one_rank_ends_all_with_its_text(tmp_path: Path) -> None:
