@@ -1,0 +1,34 @@
+from argosy.kernels.triton.w8a8_gemm import GATED_TILES, GATED_WIDE_TILE, PLAIN_TILES, PLAIN_WIDE_TILE, Tile
+from tests.helpers.compiled import Kernel
+
+
+def w8a8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False) -> Kernel:
+    """The kernel with a tile of ``w8a8_gemm.py``; what it loads comes through the tile loader, not in vectors."""
+    rows = tile.block_n if tile.is_swapped else tile.block_rows
+    assert rows % 64 == 0, "shorter sides do not fill the instruction"
+    return Kernel(
+        "w8a8_gemm._w8a8_kernel",
+        {
+            "x_tiles": f"tensordesc<i8[{tile.block_rows},{tile.block_k}]>",
+            "weight_tiles": f"tensordesc<i8[{tile.block_n},{tile.block_k}]>",
+        }
+        | {"x_scale": "*fp32", "weight_scale": "*fp32", "counts": "*i32", "out": "*bf16", "num_rows": "i32"}
+        | {"num_experts": "i32", "num_columns": "i32", "out_features": "i32", "in_features": "i32"},
+        {"NUM_EXPERTS": 1 if is_dense else 256, "BLOCK_ROWS": tile.block_rows, "BLOCK_N": tile.block_n}
+        | {"BLOCK_K": tile.block_k, "GROUP_ROWS": tile.group_rows, "IS_SWAPPED": tile.is_swapped}
+        | {"IS_GATED": is_gated, "IS_DENSE": is_dense},
+        num_warps=tile.num_warps,
+        multiples_of_16=("num_columns", "out_features", "in_features"),
+        is_vectorised=False,
+        instructions=("wgmma.mma_async.sync.aligned.m64n", ".s32.s8.s8", "cp.async.bulk.tensor"),
+        num_stages=tile.num_stages,
+        label=f"{tile.block_rows}x{tile.block_n}",
+    )
+
+
+KERNELS = (
+    *(w8a8_gemm(tile, is_gated=False) for _, tile in PLAIN_TILES),
+    w8a8_gemm(PLAIN_WIDE_TILE, is_gated=False, is_dense=True),
+    *(w8a8_gemm(tile, is_gated=True) for _, tile in GATED_TILES),
+    w8a8_gemm(GATED_WIDE_TILE, is_gated=True),
+)
