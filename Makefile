@@ -31,7 +31,7 @@ lint: $(TEST_STAMP)
 pytest: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda" --ignore=tests/dist
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not cuda" tests/dist
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py tests/kernels/test_w8a8_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py tests/kernels/test_*_triton.py
 
 slow: $(TEST_STAMP)
 	$(BIN)/pytest -q -m "slow and not cuda"

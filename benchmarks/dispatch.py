@@ -146,7 +146,7 @@ class Bench:
     def _build_dispatcher(self, device: torch.device) -> None:
         shape, ep = self.shape, self.ep
         sum_rows = select_sum_rows(device.type, sum_rows_in_torch)
-        row_ops = select_row_ops(device.type, TorchRowOps())
+        row_ops = select_row_ops(device.type) or TorchRowOps()
         self.dispatcher = build_dispatcher(
             ep,
             shape.num_experts,

@@ -18,16 +18,20 @@ from argosy.kernels import (
     INT8,
     LatentRowLayout,
     NumberFormat,
+    RotaryRows,
+    attend_paged,
+    attend_paged_encoded,
     attend_sparse,
     attend_sparse_encoded,
     decode_latent,
-    encode_index_k,
-    encode_latent,
     gather_cache,
     hadamard_matrix,
-    index_scores,
-    index_scores_encoded,
-    write_cache,
+    index_scores_paged,
+    index_scores_paged_encoded,
+    write_index_k,
+    write_index_k_encoded,
+    write_latent,
+    write_latent_encoded,
 )
 
 NUMBER_FORMATS: dict[KVCacheDType, NumberFormat] = {"int8": INT8, "fp8": FP8}
@@ -42,6 +46,15 @@ class CacheDims:
     index_head_dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class NormSettings:
+    """A norm that a cache write includes: RMSNorm, or LayerNorm where there is a ``bias``."""
+
+    weight: torch.Tensor  # float32
+    eps: float
+    bias: torch.Tensor | None = None
+
+
 class CacheFormat(Protocol):
     """Caches are [num_blocks, block_size, W] of ``dtype``, W being ``latent_width`` or ``index_k_width``."""
 
@@ -49,12 +62,27 @@ class CacheFormat(Protocol):
     latent_width: int
     index_k_width: int
 
-    def write_latent(self, cache: torch.Tensor, slot_mapping: torch.Tensor, latent: torch.Tensor) -> None:
-        """``latent: [T, C]``: kv_latent after its norm, k_rope after RoPE; slot -1 writes nothing that is read."""
+    def write_latent(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        latent: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        """``latent: [T, C]`` as projected, changed: the first R are normed, the rest rotated, and written; slot -1
+        writes nothing that is read."""
         ...
 
-    def write_index_k(self, cache: torch.Tensor, slot_mapping: torch.Tensor, index_k: torch.Tensor) -> None:
-        """``index_k: [T, I]``, after norm and RoPE."""
+    def write_index_k(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        key: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        """``key: [T, I]`` as projected: normed, its first P rotated, and written."""
         ...
 
     def gather_latent(self, cache: torch.Tensor, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
@@ -67,15 +95,28 @@ class CacheFormat(Protocol):
         """``query: [T, H, C]`` -> [T, H, R]; see ``kernels.attend_sparse``."""
         ...
 
+    def attend_paged(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_seq_len: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        """``query: [B, H, C]`` on whole sequences -> [B, H, R]; see ``kernels.attend_paged``."""
+        ...
+
     def index_scores(
         self,
         index_q: torch.Tensor,
         cache: torch.Tensor,
         index_weights: torch.Tensor,
         block_table: torch.Tensor,
+        num_visible: torch.Tensor,
         max_seq_len: int,
     ) -> torch.Tensor:
-        """``index_q: [B, T, J, I]`` on the keys of whole sequences: [B, T, max_seq_len] float32."""
+        """``index_q: [B, T, J, I]`` -> [B, T, max_seq_len] float32; see ``kernels.index_scores_paged``."""
         ...
 
 
@@ -86,13 +127,28 @@ class PlainFormat:
         self.dtype = dtype
         self.latent_width = dims.kv_lora_rank + dims.qk_rope_head_dim
         self.index_k_width = dims.index_head_dim
-        self._rank = dims.kv_lora_rank
+        self._rank, self._rope_dim = dims.kv_lora_rank, dims.qk_rope_head_dim
 
-    def write_latent(self, cache: torch.Tensor, slot_mapping: torch.Tensor, latent: torch.Tensor) -> None:
-        write_cache(cache, slot_mapping, latent)
+    def write_latent(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        latent: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        write_latent(latent, norm.weight, norm.eps, rotary, cache, slot_mapping)
 
-    def write_index_k(self, cache: torch.Tensor, slot_mapping: torch.Tensor, index_k: torch.Tensor) -> None:
-        write_cache(cache, slot_mapping, index_k)
+    def write_index_k(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        key: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        assert norm.bias is not None
+        write_index_k(key, norm.weight, norm.bias, norm.eps, rotary, self._rope_dim, cache, slot_mapping)
 
     def gather_latent(self, cache: torch.Tensor, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
         return gather_cache(cache, block_table, max_seq_len)
@@ -102,15 +158,27 @@ class PlainFormat:
     ) -> torch.Tensor:
         return attend_sparse(query, cache, topk_slots, self._rank, softmax_scale, is_full=is_full)
 
+    def attend_paged(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_seq_len: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        return attend_paged(query, cache, block_table, seq_lens, max_seq_len, self._rank, softmax_scale)
+
     def index_scores(
         self,
         index_q: torch.Tensor,
         cache: torch.Tensor,
         index_weights: torch.Tensor,
         block_table: torch.Tensor,
+        num_visible: torch.Tensor,
         max_seq_len: int,
     ) -> torch.Tensor:
-        return index_scores(index_q, gather_cache(cache, block_table, max_seq_len), index_weights)
+        return index_scores_paged(index_q, cache, index_weights, block_table, num_visible, max_seq_len)
 
 
 class QuantizedFormat:
@@ -123,12 +191,29 @@ class QuantizedFormat:
         self.latent_width = self.layout.num_bytes
         self.index_k_width = dims.index_head_dim + 4
         self._numbers, self._model_dtype = numbers, model_dtype
+        self._rope_dim = dims.qk_rope_head_dim
 
-    def write_latent(self, cache: torch.Tensor, slot_mapping: torch.Tensor, latent: torch.Tensor) -> None:
-        write_cache(cache, slot_mapping, encode_latent(latent, self.layout))
+    def write_latent(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        latent: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        write_latent_encoded(latent, norm.weight, norm.eps, rotary, cache, slot_mapping, self.layout)
 
-    def write_index_k(self, cache: torch.Tensor, slot_mapping: torch.Tensor, index_k: torch.Tensor) -> None:
-        write_cache(cache, slot_mapping, encode_index_k(index_k, self.hadamard, self._numbers))
+    def write_index_k(
+        self,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        key: torch.Tensor,
+        norm: NormSettings,
+        rotary: RotaryRows,
+    ) -> None:
+        assert norm.bias is not None
+        place = (cache, slot_mapping, self.hadamard, self._numbers)
+        write_index_k_encoded(key, norm.weight, norm.bias, norm.eps, rotary, self._rope_dim, *place)
 
     def gather_latent(self, cache: torch.Tensor, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
         return decode_latent(gather_cache(cache, block_table, max_seq_len), self.layout, self._model_dtype)
@@ -138,16 +223,29 @@ class QuantizedFormat:
     ) -> torch.Tensor:
         return attend_sparse_encoded(query, cache, topk_slots, self.layout, softmax_scale, is_full=is_full)
 
+    def attend_paged(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_seq_len: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        return attend_paged_encoded(query, cache, block_table, seq_lens, max_seq_len, self.layout, softmax_scale)
+
     def index_scores(
         self,
         index_q: torch.Tensor,
         cache: torch.Tensor,
         index_weights: torch.Tensor,
         block_table: torch.Tensor,
+        num_visible: torch.Tensor,
         max_seq_len: int,
     ) -> torch.Tensor:
-        key_rows = gather_cache(cache, block_table, max_seq_len)
-        return index_scores_encoded(index_q, key_rows, index_weights, self.hadamard, self._numbers)
+        return index_scores_paged_encoded(
+            index_q, cache, index_weights, block_table, num_visible, max_seq_len, self.hadamard, self._numbers
+        )
 
 
 def build_cache_format(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from argosy.cache.cache_format import CacheFormat
+from argosy.cache.cache_format import CacheFormat, NormSettings
+from argosy.kernels import RotaryRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,17 @@ class LayerKV:
     def block_size(self) -> int:
         return self.latent.shape[1]
 
-    def write(self, slot_mapping: torch.Tensor, latent: torch.Tensor, index_k: torch.Tensor) -> None:
-        """``latent: [T, C]``, ``index_k: [T, I]`` to the slots [T]; -1 writes nothing."""
-        self.format.write_latent(self.latent, slot_mapping, latent)
-        self.format.write_index_k(self.index_k, slot_mapping, index_k)
+    def write_latent(
+        self, slot_mapping: torch.Tensor, latent: torch.Tensor, norm: NormSettings, rotary: RotaryRows
+    ) -> None:
+        """``latent: [T, C]`` as projected, changed, to the slots [T]; -1 writes nothing."""
+        self.format.write_latent(self.latent, slot_mapping, latent, norm, rotary)
+
+    def write_index_k(
+        self, slot_mapping: torch.Tensor, key: torch.Tensor, norm: NormSettings, rotary: RotaryRows
+    ) -> None:
+        """``key: [T, I]`` as projected, to the slots [T]; -1 writes nothing."""
+        self.format.write_index_k(self.index_k, slot_mapping, key, norm, rotary)
 
     def gather_latent(self, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
         """Whole sequences: [B, max_seq_len, C]; beyond a sequence's end lies anything finite."""
@@ -43,11 +51,28 @@ class LayerKV:
         """``query: [T, H, C]`` on the slots [T, index_topk], -1 none; ``is_full``: there is no -1. [T, H, R]."""
         return self.format.attend_sparse(query, self.latent, topk_slots, softmax_scale, is_full=is_full)
 
-    def index_scores(
-        self, index_q: torch.Tensor, index_weights: torch.Tensor, block_table: torch.Tensor, max_seq_len: int
+    def attend_paged(
+        self,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_seq_len: int,
+        softmax_scale: float,
     ) -> torch.Tensor:
-        """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` on whole sequences: [B, T, max_seq_len] float32."""
-        return self.format.index_scores(index_q, self.index_k, index_weights, block_table, max_seq_len)
+        """``query: [B, H, C]`` on whole sequences of ``seq_lens: [B]`` -> [B, H, R]."""
+        return self.format.attend_paged(query, self.latent, block_table, seq_lens, max_seq_len, softmax_scale)
+
+    def index_scores(
+        self,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        block_table: torch.Tensor,
+        num_visible: torch.Tensor,
+        max_seq_len: int,
+    ) -> torch.Tensor:
+        """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` -> [B, T, max_seq_len] float32, of which a token's
+        first ``num_visible: [B, T]`` are specified."""
+        return self.format.index_scores(index_q, self.index_k, index_weights, block_table, num_visible, max_seq_len)
 
 
 class MLAKVCache:

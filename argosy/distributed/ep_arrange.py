@@ -49,7 +49,14 @@ def arrange(
     sum_rows: SumRows,
 ) -> DispatchedTokens:
     """``expert_map: [E + 1]`` int32: id -> local id, ``num_local_experts`` for what is elsewhere and for -1."""
-    arranged = row_ops.arrange_rows(received, expert_map, num_local_experts, is_padded=is_padded)
+    arranged = row_ops.arrange_rows(
+        received.x,
+        received.topk_ids,
+        received.num_local_entries,
+        expert_map,
+        num_local_experts,
+        is_padded=is_padded,
+    )
     return _build_dispatched(received, arranged, sum_rows)
 
 

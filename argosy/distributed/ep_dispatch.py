@@ -17,7 +17,7 @@ from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import ExpertLayout, arrange, sum_rows_in_torch
 from argosy.distributed.ep_fixed import AddAtHome, AddInFlight, FixedExchange
 from argosy.distributed.ep_high_throughput import HighThroughputExchange
-from argosy.distributed.ep_local import LocalDispatcher
+from argosy.distributed.ep_local import FusedRows, LocalDispatcher
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_types import (
@@ -58,7 +58,7 @@ def build_dispatcher(
     """
     codec = build_payload(payload)
     if ep.size == 1:
-        return LocalDispatcher(num_experts, max_whole_tokens)
+        return LocalDispatcher(num_experts, max_whole_tokens, FusedRows(row_ops, sum_rows) if row_ops else None)
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
     exchanges: dict[ExchangeMode, RankExchange] = {

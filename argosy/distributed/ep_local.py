@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from argosy.distributed.ep_types import SINGLE_RANK_PLAN, DispatchedTokens, DispatchHandle, ExchangePlan
+from argosy.distributed.ep_types import (
+    SINGLE_RANK_PLAN,
+    DispatchedTokens,
+    DispatchHandle,
+    ExchangePlan,
+    RowOps,
+    SumRows,
+)
 from argosy.distributed.pending import Pending, Ready
 
 MIN_WHOLE_TOKENS = 4  # fewer leave most experts idle
@@ -33,6 +40,26 @@ class LocalHandle:
         return Ready(torch.bmm(self.topk_weights.unsqueeze(1), routed.float()).squeeze(1))
 
 
+@dataclass(frozen=True, slots=True)
+class FusedRows:
+    """Kernels in place of torch's sort and gathers."""
+
+    row_ops: RowOps
+    sum_rows: SumRows
+
+
+@dataclass(frozen=True, slots=True)
+class FusedHandle:
+    """Where each entry's expert output lies."""
+
+    row_ids: torch.Tensor  # [T, K] int64, -1 none
+    topk_weights: torch.Tensor  # [T, K] float32
+    sum_rows: SumRows
+
+    def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
+        return Ready(self.sum_rows(expert_out, self.row_ids, self.topk_weights, torch.float32))
+
+
 class WholeHandle:
     """The experts have summed already."""
 
@@ -45,11 +72,15 @@ class LocalDispatcher:
 
     On a CPU, up to ``max_whole_tokens`` are handed to all experts together: two large products then replace the sort
     and many small ones. It pays while a token visits a quarter of the experts at least.
+    With ``fused`` kernels rows are arranged as those that came from other ranks are; only known ids are computed then.
     """
 
-    def __init__(self, num_experts: int, max_whole_tokens: int = 0) -> None:
+    def __init__(self, num_experts: int, max_whole_tokens: int = 0, fused: FusedRows | None = None) -> None:
         self._num_experts = num_experts
         self._max_whole_tokens = max_whole_tokens
+        self._fused = fused
+        # id -> itself, on the device of the module that is being built; the last entry is for -1, which is nobody's.
+        self._expert_map = torch.arange(num_experts + 1, dtype=torch.int32) if fused else None
 
     def start_dispatch(
         self,
@@ -62,6 +93,8 @@ class LocalDispatcher:
         is_few = MIN_WHOLE_TOKENS <= num_tokens <= self._max_whole_tokens
         if is_few and num_experts_per_tok * MAX_WHOLE_SHARE >= self._num_experts:
             return Ready(self._dispatch_whole(x, topk_ids, topk_weights))
+        if self._fused is not None:
+            return Ready(self._dispatch_fused(self._fused, x, topk_ids, topk_weights))
         is_none = topk_ids < 0
         routed_ids = topk_ids.masked_fill(is_none, 0).flatten()
         sort = sort_by_expert_on_host if routed_ids.is_cpu else sort_by_expert
@@ -71,6 +104,15 @@ class LocalDispatcher:
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         return handle.start_combine(expert_out)
+
+    def _dispatch_fused(
+        self, fused: FusedRows, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> DispatchedTokens:
+        assert self._expert_map is not None
+        rows, counts, row_ids = fused.row_ops.arrange_rows(
+            x, topk_ids, None, self._expert_map, self._num_experts, is_padded=False
+        )
+        return DispatchedTokens(rows, counts, FusedHandle(row_ids, topk_weights, fused.sum_rows))
 
     def _dispatch_whole(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedTokens:
         ids = topk_ids.numpy()

@@ -12,7 +12,7 @@ import torch
 
 from argosy.distributed.ep_arrange import padded_rows, sorted_rows
 from argosy.distributed.ep_message import pad_rows
-from argosy.distributed.ep_types import ArrangedRows, PackedTokens, ReceivedRows
+from argosy.distributed.ep_types import ArrangedRows, PackedTokens
 
 
 class TorchRowOps:
@@ -39,12 +39,19 @@ class TorchRowOps:
         return tokens.rows.index_select(0, token_ids), torch.where(is_sent, places + first_rows, -1)
 
     def arrange_rows(
-        self, received: ReceivedRows, expert_map: torch.Tensor, num_local_experts: int, *, is_padded: bool
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
+        *,
+        is_padded: bool,
     ) -> ArrangedRows:
-        local_ids = expert_map[received.topk_ids]
+        local_ids = expert_map[topk_ids]
         if is_padded:
-            return padded_rows(received.x, local_ids, num_local_experts)
-        return sorted_rows(received.x, local_ids, num_local_experts, received.num_local_entries)
+            return padded_rows(x, local_ids, num_local_experts)
+        return sorted_rows(x, local_ids, num_local_experts, num_local_entries)
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
         return parts[:, :num_rows].sum(dim=0, dtype=torch.float32)

@@ -167,9 +167,19 @@ class RowOps(Protocol):
         ...
 
     def arrange_rows(
-        self, received: ReceivedRows, expert_map: torch.Tensor, num_local_experts: int, *, is_padded: bool
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
+        *,
+        is_padded: bool,
     ) -> ArrangedRows:
-        """``expert_map: [E + 1]`` int32, see ``build_expert_tables``. Sorted, M is exact where the host knows it."""
+        """``x: [N, D]``, ``topk_ids: [N, K]`` int32, ``expert_map: [E + 1]`` int32, see ``build_expert_tables``.
+
+        ``num_local_entries``: ids that are this rank's, which is M of sorted rows; None: unknown here, and M is N * K.
+        """
         ...
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:

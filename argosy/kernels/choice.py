@@ -1,31 +1,77 @@
 """Which implementation of an operation runs: the device of its input decides, at every call.
 
-It computes nothing. Invariant: every implementation of an operation gives what ``reference.py`` gives.
+It computes nothing, and imports Triton, which is installed with CUDA's torch only, where a CUDA tensor asks for it.
+Invariant: every implementation of an operation gives what ``reference.py`` gives.
 """
 
+import functools
 from types import ModuleType
 
 import torch
 
-from argosy.kernels import cpu, cpu_w8a8, device_fp8, device_w8a8, reference, reference_experts, reference_fp8
+from argosy.kernels import (
+    cpu,
+    cpu_w8a8,
+    device_fp8,
+    device_linear,
+    device_w8a8,
+    reference,
+    reference_experts,
+    reference_fp8,
+)
+from argosy.kernels.card import has_kernels
+
+# --- norms, activations, linears --------------------------------------------------------------------------------------
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See ``reference.rms_norm``."""
-    return (cpu if x.is_cpu else reference).rms_norm(x, weight, eps)
+    return _norms_of(x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.add_rms_norm``."""
+    return _norms_of(x).add_rms_norm(x, delta, weight, eps)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See ``reference.silu_mul``."""
-    return (cpu if gate_up.is_cpu else reference).silu_mul(gate_up)
+    return _norms_of(gate_up).silu_mul(gate_up)
 
 
-def select_topk_slots(
-    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """See ``reference.select_topk_slots``."""
-    chosen = cpu if scores.is_cpu else reference
-    return chosen.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See ``reference.linear_fp32``."""
+    return (device_linear if has_kernels(x) else reference).linear_fp32(x, weight)
+
+
+def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See ``reference.linear_by_head``."""
+    return _by_head_of(x).linear_by_head(x, weight)
+
+
+def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
+    """See ``reference.absorb_query``."""
+    return _by_head_of(q_nope).absorb_query(q_nope, q_rope, w_uk)
+
+
+def _by_head_of(x: torch.Tensor) -> ModuleType:
+    """A CPU's product into a strided place costs twice a product and a copy."""
+    return device_linear if has_kernels(x) else reference
+
+
+def _norms_of(x: torch.Tensor) -> ModuleType:
+    if x.is_cpu:
+        return cpu
+    if not has_kernels(x):
+        return reference
+    from argosy.kernels.triton import norms
+
+    return norms
+
+
+# --- experts and quantised linears ------------------------------------------------------------------------------------
 
 
 def route_grouped_topk(
@@ -39,7 +85,7 @@ def route_grouped_topk(
     routed_scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.route_grouped_topk``."""
-    return (cpu if router_logits.is_cpu else reference).route_grouped_topk(
+    return _route_of(router_logits).route_grouped_topk(
         router_logits,
         correction_bias,
         n_group=n_group,
@@ -48,6 +94,44 @@ def route_grouped_topk(
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=routed_scaling_factor,
     )
+
+
+def route_hidden(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    correction_bias: torch.Tensor,
+    *,
+    n_group: int,
+    topk_group: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``route_grouped_topk`` of ``linear_fp32``: ``hidden_states: [T, D]``, ``weight: [E, D]`` float32."""
+    if has_kernels(hidden_states) and hidden_states.dtype == torch.bfloat16:
+        from argosy.kernels.triton import route
+
+        compute = functools.partial(route.route_hidden, hidden_states, weight)
+    else:
+        compute = functools.partial(route_grouped_topk, linear_fp32(hidden_states, weight))
+    return compute(
+        correction_bias,
+        n_group=n_group,
+        topk_group=topk_group,
+        num_experts_per_tok=num_experts_per_tok,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+def _route_of(x: torch.Tensor) -> ModuleType:
+    if x.is_cpu:
+        return cpu
+    if not has_kernels(x):
+        return reference
+    from argosy.kernels.triton import route
+
+    return route
 
 
 def grouped_mlp(
@@ -63,6 +147,27 @@ def weighted_mlp(
     """See ``reference_experts.weighted_mlp``."""
     is_fast = x.is_cpu and x.dtype == torch.float32
     return (cpu if is_fast else reference_experts).weighted_mlp(x, gate_up_proj, down_proj, expert_weights)
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference_w8a8.quantize_per_token``."""
+    return _w8a8_of(x).quantize_per_token(x)
+
+
+def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize_per_token`` of ``silu_mul``: ``gate_up: [T, 2F]`` -> int8 [T, F] and scale [T, 1] float32."""
+    if not has_kernels(gate_up):
+        return quantize_per_token(silu_mul(gate_up))
+    from argosy.kernels.triton import norms
+
+    return norms.silu_mul_quantize(gate_up)
+
+
+def linear_w8a8_quantized(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8_quantized``."""
+    return _w8a8_of(x).linear_w8a8_quantized(x, x_scale, weight, weight_scale, out_dtype)
 
 
 def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -100,16 +205,47 @@ def linear_fp8(
     x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
 ) -> torch.Tensor:
     """See ``reference_fp8.linear_fp8``."""
-    chosen = reference_fp8 if x.is_cpu else device_fp8
-    return chosen.linear_fp8(x, weight, weight_scale_inv, has_ue8m0_scales=has_ue8m0_scales)
+    return _fp8_of(x).linear_fp8(x, weight, weight_scale_inv, has_ue8m0_scales=has_ue8m0_scales)
+
+
+def grouped_mlp_fp8(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale_inv: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale_inv: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    has_ue8m0_scales: bool,
+) -> torch.Tensor:
+    """See ``reference_fp8.grouped_mlp_fp8``."""
+    return _fp8_of(x).grouped_mlp_fp8(
+        x,
+        gate_up_proj,
+        gate_up_scale_inv,
+        down_proj,
+        down_scale_inv,
+        num_tokens_per_expert,
+        has_ue8m0_scales=has_ue8m0_scales,
+    )
+
+
+def _fp8_of(x: torch.Tensor) -> ModuleType:
+    """Cards without FP8 never ask: models dequantise there when they load."""
+    if x.is_cpu:
+        return reference_fp8
+    if not has_kernels(x):
+        return device_fp8
+    from argosy.kernels.triton import fp8
+
+    return fp8
 
 
 def _w8a8_of(x: torch.Tensor) -> ModuleType:
     if x.is_cpu:
         return cpu_w8a8
-    if not x.is_cuda:
+    if not has_kernels(x):
         return device_w8a8
-    # Triton is installed with CUDA's torch only.
     from argosy.kernels.triton import w8a8
 
     return w8a8

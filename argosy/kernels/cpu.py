@@ -32,6 +32,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the two operations one after the other."""
+    total = x + delta
+    total = total if total.dtype == x.dtype else total.to(x.dtype)
+    return rms_norm(total, weight, eps), total
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Without conversions that change nothing."""
     if gate_up.dtype != torch.float32:

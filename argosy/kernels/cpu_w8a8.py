@@ -40,12 +40,19 @@ def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tenso
     """See ``reference_w8a8.linear_w8a8``."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    quantized, activation_scale = quantize_per_token(x)
-    if x.shape[0] * weight.shape[0] <= _PIECE_SIZE:
-        out = torch.mul(torch._int_mm(quantized, weight.t()), activation_scale).mul_(weight_scale.t())
-        return out.to(x.dtype)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    _multiply_in_pieces(quantized, activation_scale, weight, weight_scale, out)
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, x.dtype)
+
+
+def linear_w8a8_quantized(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8_quantized``."""
+    num_rows, num_outputs = x.shape[0], weight.shape[0]
+    if 0 < num_rows * num_outputs <= _PIECE_SIZE:
+        return torch.mul(torch._int_mm(x, weight.t()), x_scale).mul_(weight_scale.t()).to(out_dtype)
+    out = torch.empty(num_rows, num_outputs, dtype=out_dtype)
+    if num_rows:
+        _multiply_in_pieces(x, x_scale, weight, weight_scale, out)
     return out
 
 

@@ -1,7 +1,7 @@
 """FP8 blocks on cards that multiply e4m3: cuBLAS's product of 1 x 128 groups and 128 x 128 blocks, through torch.
 
-Capability 9.0 and newer; older cards never build a model that calls this. Invariant: gives what
-``reference_fp8.linear_fp8`` gives, within the order of float32 sums.
+Capability 9.0 and newer; older cards never build a model that calls this. What runs where Triton's kernels cannot.
+Invariant: each function gives what its twin in ``reference_fp8.py`` gives, within the order of float32 sums.
 
 Shape letters: see ``reference_fp8.py``.
 """
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import ScalingType, scaled_mm
 
+from argosy.kernels.reference import silu_mul
 from argosy.kernels.reference_fp8 import quantize_groups
 
 _SCALE_MULTIPLE = 4  # cuBLAS reads scales in vectors: of four tokens, and of a weight's four blocks along K
@@ -38,3 +39,28 @@ def linear_fp8(
         output_dtype=x.dtype,
     )
     return out[:num_tokens]
+
+
+def grouped_mlp_fp8(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale_inv: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale_inv: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    has_ue8m0_scales: bool,
+) -> torch.Tensor:
+    """One expert after another. NOTE(sync): reads the counts on the host, because a view's size must be known there."""
+    out = torch.empty_like(x)
+    end = 0
+    for expert, count in enumerate(num_tokens_per_expert.tolist()):
+        start, end = end, end + count
+        if count:
+            gate_up = linear_fp8(
+                x[start:end], gate_up_proj[expert], gate_up_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales
+            )
+            out[start:end] = linear_fp8(
+                silu_mul(gate_up), down_proj[expert], down_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales
+            )
+    return out

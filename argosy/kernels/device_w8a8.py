@@ -31,7 +31,14 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """See ``reference_w8a8.linear_w8a8``."""
-    return _linear_fp32(x, weight, weight_scale).to(x.dtype)
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, x.dtype)
+
+
+def linear_w8a8_quantized(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8_quantized``."""
+    return torch.mul(multiply_int8(x, weight), x_scale).mul_(weight_scale.t()).to(out_dtype)
 
 
 def grouped_mlp_w8a8(
@@ -78,5 +85,4 @@ def _mlp(
 
 
 def _linear_fp32(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    quantized, activation_scale = quantize_per_token(x)
-    return torch.mul(multiply_int8(quantized, weight), activation_scale).mul_(weight_scale.t())
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, torch.float32)

@@ -46,6 +46,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x: [T, n]``, ``delta: [T, n]`` any float -> (rms_norm(total), total), total = x + delta in x's dtype."""
+    total = (x + delta).to(x.dtype)
+    return rms_norm(total, weight, eps), total
+
+
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """``x: [T, n]`` -> [T, n] in x's dtype; float32 inside."""
     return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
@@ -60,6 +68,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x: [T, n]``, ``weight: [m, n]`` -> x @ weight^T [T, m] float32, accumulated in float32."""
     return F.linear(x.float(), weight.float())
+
+
+def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x: [T, H, n]``, ``weight: [H, n, m]`` -> each head's rows times its matrix: [T, H, m], in any memory order."""
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
+def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
+    """``q_nope: [T, H, N]``, ``q_rope: [T, H, P]``, ``w_uk: [H, N, R]`` -> [q_nope @ w_uk | q_rope]: [T, H, C]."""
+    return torch.cat((linear_by_head(q_nope, w_uk), q_rope), dim=-1)
 
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
@@ -284,10 +302,22 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: t
     """
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[1])
-    if x.is_cuda and x.dtype == torch.float32:  # torch has no float32 grouped product for CUDA
-        return grouped_gemm_loop(x, weight, num_tokens_per_expert)
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+    if x.is_cuda and x.dtype == torch.float32:  # torch has no float32 grouped product for CUDA
+        return _grouped_gemm_gathered(x, weight, offsets)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def _grouped_gemm_gathered(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """A copy of its expert's matrix for each row, a few rows at a time: slow, and nothing is read on the host.
+
+    ``offsets: [e]`` int32: rows up to each expert's end.
+    """
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    experts = torch.searchsorted(offsets, row, right=True).clamp_(max=weight.shape[0] - 1)
+    step = max(1, _SCRATCH_BYTES // (weight[0].numel() * weight.element_size()))
+    parts = zip(x.split(step), experts.split(step), strict=True)
+    return torch.cat([torch.bmm(weight[expert], part.unsqueeze(2)).squeeze(2) for part, expert in parts])
 
 
 def grouped_gemm_loop(x: torch.Tensor, weight: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,8 @@ def quantize(x: torch.Tensor, numbers: NumberFormat) -> tuple[torch.Tensor, torc
     infinity makes the scale NaN or infinite, and so every number that is decoded with it NaN or infinite.
     """
     x = x.float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=MIN_AMAX).div_(numbers.max_value)
+    # NOTE(numerics): divided by a tensor, because CUDA multiplies by the reciprocal of a plain number.
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=MIN_AMAX).div_(x.new_full((), numbers.max_value))
     return numbers.round(x / scale), scale
 
 

@@ -4,11 +4,13 @@ Weights are e4m3 with a float32 scale per block of 128 x 128; activations are qu
 token. Invariant: within a block of 128 inputs the e4m3 products are summed in float32, then scaled, then added up; what
 differs between devices is the order of those sums alone.
 
-Shape letters: T tokens, K inputs, N outputs.
+Shape letters: T tokens, K inputs, N outputs, M sorted rows, e local experts, D hidden, F expert width.
 """
 
 import torch
 import torch.nn.functional as F
+
+from argosy.kernels.reference import silu_mul
 
 BLOCK_SIZE = 128
 FP8_MAX = 448.0  # of float8_e4m3fn
@@ -24,7 +26,8 @@ def quantize_groups(x: torch.Tensor, *, has_ue8m0_scales: bool) -> tuple[torch.T
     num_groups = -(-num_inputs // BLOCK_SIZE)
     padded = F.pad(x.float(), (0, num_groups * BLOCK_SIZE - num_inputs))
     groups = padded.view(num_tokens, num_groups, BLOCK_SIZE)
-    scale = groups.abs().amax(dim=2, keepdim=True).clamp_(min=MIN_AMAX) / FP8_MAX
+    # NOTE(numerics): divided by a tensor, because CUDA multiplies by the reciprocal of a plain number.
+    scale = groups.abs().amax(dim=2, keepdim=True).clamp_(min=MIN_AMAX) / groups.new_full((), FP8_MAX)
     if has_ue8m0_scales:
         scale = _round_up_to_power_of_two(scale)
     # The quotient may exceed 448 by a rounding, and the cast would then make it NaN.
@@ -48,7 +51,37 @@ def linear_fp8(
     return out.to(x.dtype)
 
 
+def grouped_mlp_fp8(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale_inv: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale_inv: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    *,
+    has_ue8m0_scales: bool,
+) -> torch.Tensor:
+    """Every expert's gated MLP on its rows: ``x: [M, D]`` sorted by expert, counts [e] int32 -> [M, D] in x's dtype.
+
+    ``gate_up_proj: [e, 2F, D]`` and ``down_proj: [e, D, F]`` e4m3, scales f32 of their blocks of 128 x 128; F is in
+    whole blocks. Rows behind the last expert's are spare: what comes out for them is unspecified.
+    """
+    out = torch.zeros_like(x)
+    counts = num_tokens_per_expert.tolist()
+    for expert, (rows, target) in enumerate(zip(_split(x, counts), _split(out, counts), strict=True)):
+        if not len(rows):
+            continue
+        gate_up = linear_fp8(rows, gate_up_proj[expert], gate_up_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales)
+        # NOTE(numerics): rounded to x's dtype before it is quantised again, as in DeepSeek's inference/model.py.
+        hidden = silu_mul(gate_up)
+        target.copy_(linear_fp8(hidden, down_proj[expert], down_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales))
+    return out
+
+
+def _split(x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+    return x[: sum(counts)].split(counts)
+
+
 def _round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """2^ceil(log2(scale)), exactly: from the exponent's bits, not through a logarithm."""
-    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    """2^ceil(log2(scale)) of positive normal numbers, exactly: in the exponent's bits, so that infinity stays."""
+    return ((scale.view(torch.int32) + 0x007FFFFF) & 0x7F800000).view(torch.float32)

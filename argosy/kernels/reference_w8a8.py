@@ -32,7 +32,16 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """``x: [T, K]``, ``weight: [N, K]`` int8, ``weight_scale: [N, 1]`` f32 -> [T, N] in x's dtype."""
-    return _linear_fp32(x, weight, weight_scale).to(x.dtype)
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, x.dtype)
+
+
+def linear_w8a8_quantized(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``x: [T, K]`` int8, ``x_scale: [T, 1]`` f32, ``weight: [N, K]`` int8, ``weight_scale: [N, 1]`` f32 -> [T, N] in
+    ``out_dtype``."""
+    # NOTE(numerics): this order of the two products, each rounded to float32.
+    return (multiply_int8(x, weight).float() * x_scale * weight_scale.t()).to(out_dtype)
 
 
 def grouped_mlp_w8a8(
@@ -85,6 +94,4 @@ def _mlp(
 
 
 def _linear_fp32(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    quantized, activation_scale = quantize_per_token(x)
-    # NOTE(numerics): this order of the two products, each rounded to float32.
-    return multiply_int8(quantized, weight).float() * activation_scale * weight_scale.t()
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, torch.float32)

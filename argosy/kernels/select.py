@@ -5,7 +5,7 @@ Invariant: what is returned equals ``reference`` within float32's rounding.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from argosy.kernels.triton.row_ops import TritonRowOps
 
 SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
-RowOpsT = TypeVar("RowOpsT")
 
 
 def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
@@ -26,10 +25,10 @@ def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
     return sum_rows
 
 
-def select_row_ops(device_type: str, reference: RowOpsT) -> "RowOpsT | TritonRowOps":
-    """For ``build_dispatcher(..., row_ops=...)``: fused kernels on CUDA, ``reference`` elsewhere."""
+def select_row_ops(device_type: str) -> "TritonRowOps | None":
+    """For ``build_dispatcher(..., row_ops=...)``: fused kernels on CUDA, None for plain torch elsewhere."""
     if device_type != "cuda":
-        return reference
+        return None
     from argosy.kernels.triton.row_ops import TritonRowOps
 
     return TritonRowOps()

@@ -4,6 +4,9 @@ What a linear is made of is its scheme's business; here is which share of it a r
 [out_features, in_features], as checkpoints store them.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -11,6 +14,31 @@ from argosy.kernels import linear_fp32
 from argosy.quantization.linear_shape import LinearShape
 from argosy.quantization.plain_scheme import PlainLinear
 from argosy.quantization.scheme import Schemes
+
+
+class PreparingLinear(Protocol):
+    """A linear of any format: ``x: [T, in]``, or what ``prepare`` made of it -> [T, out].
+
+    ``prepare`` is the part of its work that depends on the input alone; linears of one kind prepare alike.
+    """
+
+    def prepare(self, x: torch.Tensor) -> object: ...
+
+    def prepare_gated(self, gate_up: torch.Tensor) -> object:
+        """``gate_up: [T, 2 * in]`` -> ``prepare`` of silu(gate) * up."""
+        ...
+
+    def __call__(self, x: object) -> torch.Tensor: ...
+
+
+def share_preparation(*linears: PreparingLinear) -> Callable[[torch.Tensor], object]:
+    """What to do once with an input that all ``linears`` take: nothing, if they are of different kinds."""
+    is_alike = len({type(linear) for linear in linears}) == 1
+    return linears[0].prepare if is_alike else _leave
+
+
+def _leave(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def build_linear(schemes: Schemes, name: str, in_features: int, out_features: int) -> nn.Module:

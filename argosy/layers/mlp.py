@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from argosy.kernels import silu_mul
 from argosy.layers.linear import build_column_parallel, build_row_parallel
 from argosy.quantization.scheme import Schemes
 
@@ -22,4 +21,4 @@ class GatedMLP(nn.Module):
         self.down_proj = build_row_parallel(schemes, "down_proj", intermediate_size, hidden_size, tp_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.down_proj.prepare_gated(self.gate_up_proj(x)))

@@ -1,7 +1,7 @@
 """Linears and routed experts in FP8 blocks: DeepSeek's own checkpoint, computed as it is.
 
-The arithmetic is ``kernels.linear_fp8``'s; experts are one product after another until they have a kernel. Dequantising
-is ``fp8_block.py``'s. Invariant: scales are [ceil(out / 128), ceil(in / 128)] of the very rows that the weight holds.
+The arithmetic is ``linear_fp8``'s and ``grouped_mlp_fp8``'s. Dequantising is ``fp8_block.py``'s. Invariant: scales are
+[ceil(out / 128), ceil(in / 128)] of the very rows that the weight holds.
 
 Shape letters: T tokens, e local experts, D hidden, F expert width, M sorted rows.
 """
@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from argosy.distributed.ep_types import DispatchedTokens
-from argosy.kernels import linear_fp8, silu_mul
+from argosy.kernels import grouped_mlp_fp8, linear_fp8
 from argosy.quantization.fp8_block import DEFAULT_BLOCK_SIZE
+from argosy.quantization.plain_scheme import UnpreparedInput
 from argosy.quantization.stored_tensors import scale_inv_shape
 
 
-class FP8BlockLinear(nn.Module):
+class FP8BlockLinear(UnpreparedInput, nn.Module):
     """``x: [T, in]`` -> [T, out] in x's dtype."""
 
     def __init__(self, in_features: int, out_features: int, *, has_ue8m0_scales: bool) -> None:
@@ -39,26 +40,19 @@ class FP8BlockExperts(nn.Module):
 
     def forward(self, dispatched: DispatchedTokens) -> torch.Tensor:
         """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D] or [e, capacity, D]."""
-        x = dispatched.hidden_states
-        if dispatched.is_padded:  # whole capacities: nothing waits for a count
-            return torch.stack([self._mlp(rows, expert) for expert, rows in enumerate(x)])
-        out = torch.empty_like(x)
-        end = 0
-        for expert, count in enumerate(dispatched.num_tokens_per_expert.tolist()):  # NOTE(sync): sizes of views
-            start, end = end, end + count
-            if count:
-                out[start:end] = self._mlp(x[start:end], expert)
-        return out
-
-    def _mlp(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        is_ue8m0 = self._has_ue8m0_scales
-        gate_up = linear_fp8(
-            x, self.gate_up_proj[expert], self.gate_up_proj_scale_inv[expert], has_ue8m0_scales=is_ue8m0
+        x, counts = dispatched.hidden_states, dispatched.num_tokens_per_expert
+        if dispatched.is_padded:  # whole capacities
+            counts = torch.full_like(counts, x.shape[1])
+        out = grouped_mlp_fp8(
+            x.flatten(0, -2),
+            self.gate_up_proj,
+            self.gate_up_proj_scale_inv,
+            self.down_proj,
+            self.down_proj_scale_inv,
+            counts,
+            has_ue8m0_scales=self._has_ue8m0_scales,
         )
-        # NOTE(numerics): rounded to x's dtype before it is quantised again, as in DeepSeek's inference/model.py.
-        return linear_fp8(
-            silu_mul(gate_up), self.down_proj[expert], self.down_proj_scale_inv[expert], has_ue8m0_scales=is_ue8m0
-        )
+        return out.view(x.shape)
 
 
 def _empty_matrices(stack: tuple[int, ...], out_size: int, in_size: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from argosy.distributed.ep_types import DispatchedTokens
-from argosy.kernels import grouped_mlp, grouped_mlp_masked, weighted_mlp
+from argosy.kernels import grouped_mlp, grouped_mlp_masked, silu_mul, weighted_mlp
 from argosy.quantization.linear_shape import LinearShape
 
 
-class PlainLinear(nn.Module):
+class UnpreparedInput:
+    """Of linears that take their input as it is: the null twin of ``W8A8Linear.prepare``."""
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def prepare_gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return silu_mul(gate_up)
+
+
+class PlainLinear(UnpreparedInput, nn.Module):
     """``x: [T, in]`` -> [T, out] in the weight's dtype. The weight is uninitialised until the loader fills it."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:

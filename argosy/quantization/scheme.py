@@ -32,7 +32,7 @@ class LinearScheme(Protocol):
         ...
 
     def build_linear(self, shape: LinearShape) -> nn.Module:
-        """A module ``x: [T, in]`` -> [T, out] with uninitialised parameters, on torch's default device."""
+        """A ``PreparingLinear``, an nn.Module, with uninitialised parameters, on torch's default device."""
         ...
 
 

@@ -82,7 +82,7 @@ def forbid_syncs() -> Iterator[None]:
 def kernels(request: pytest.FixtureRequest) -> EPKernels:
     if request.param == "torch":
         return EPKernels(sum_rows_in_torch, TorchRowOps())
-    return EPKernels(select_sum_rows("cuda", sum_rows_in_torch), select_row_ops("cuda", TorchRowOps()))
+    return EPKernels(select_sum_rows("cuda", sum_rows_in_torch), select_row_ops("cuda") or TorchRowOps())
 
 
 @pytest.mark.parametrize("payload", ["model", "int8", "fp8"])

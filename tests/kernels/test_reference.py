@@ -13,6 +13,7 @@ from argosy.kernels import (
     attend_absorbed,
     attend_expanded,
     attend_sparse,
+    device_linear,
     gather_cache,
     grouped_gemm,
     grouped_gemm_loop,
@@ -267,3 +268,19 @@ def test_every_operation_accepts_zero_tokens() -> None:
     cache = torch.zeros(2, 2, 8)
     write_cache(cache, torch.empty(0, dtype=torch.int64), none)
     assert not cache.any()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_products_by_head_written_into_place_are_the_plain_ones(num_tokens: int) -> None:
+    """The slices that a layer hands over are strided."""
+    torch.manual_seed(num_tokens)
+    query, kv_b = torch.randn(num_tokens, 3, 12), torch.randn(3, 16, 6)
+    q_nope, q_rope, w_uk, w_uv = query[..., :8], query[..., 8:], kv_b[:, :8], kv_b[:, 8:].transpose(1, 2)
+    found = device_linear.absorb_query(q_nope, q_rope, w_uk)
+    assert found.is_contiguous() and torch.equal(found, reference.absorb_query(q_nope, q_rope, w_uk))
+    expected = torch.einsum("thn,hnr->thr", q_nope, w_uk)
+    assert torch.allclose(found[..., :6], expected, atol=FP32_OP_ATOL) and torch.equal(found[..., 6:], q_rope)
+    attended = torch.randn(num_tokens, 3, 6)
+    values = device_linear.linear_by_head(attended, w_uv)
+    assert values.is_contiguous() and torch.equal(values, reference.linear_by_head(attended, w_uv))
+    assert torch.allclose(values, torch.einsum("thr,hrv->thv", attended, w_uv), atol=FP32_OP_ATOL)

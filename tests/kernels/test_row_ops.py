@@ -34,7 +34,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def fused() -> RowOps:
     pytest.importorskip("triton")
-    return select_row_ops("cuda", TWIN)
+    chosen = select_row_ops("cuda")
+    assert chosen is not None
+    return chosen
 
 
 class NoReturn:
@@ -133,8 +135,9 @@ def test_rows_stand_by_expert(fused: RowOps, num_rows: int, k: int, is_padded: b
     x, ids, weights = unpack(TWIN.pack_rows(tokens, num_rows + 2), tokens, codec)  # strided, with two empty rows
     for known in (None, num_local):
         received = ReceivedRows(x, ids, weights, known, NoReturn())
-        rows, counts, row_ids = TWIN.arrange_rows(received, expert_map, 4, is_padded=is_padded)
-        fused_rows, fused_counts, fused_ids = fused.arrange_rows(received, expert_map, 4, is_padded=is_padded)
+        arguments = (received.x, received.topk_ids, received.num_local_entries, expert_map, 4)
+        rows, counts, row_ids = TWIN.arrange_rows(*arguments, is_padded=is_padded)
+        fused_rows, fused_counts, fused_ids = fused.arrange_rows(*arguments, is_padded=is_padded)
         assert (fused_counts.dtype, fused_ids.dtype) == (torch.int32, torch.int64)
         assert torch.equal(fused_counts, counts)
         assert torch.equal(fused_ids, row_ids)

@@ -1,6 +1,7 @@
 """W8A8: what runs against the specification's integer loops, bit for bit; and the properties of the specification."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -101,6 +102,19 @@ def test_linear_equals_the_integer_loops(shape: tuple[int, int], num_tokens: int
 def test_linear_in_several_pieces_equals_the_integer_loops() -> None:
     x, (weight, scale) = draw(1100, 40), draw_weight(700, 40)
     assert torch.equal(linear_w8a8(x, weight, scale), reference_w8a8.linear_w8a8(x, weight, scale))
+
+
+@pytest.mark.parametrize("module", [cpu_w8a8, device_w8a8])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_rows_quantised_before_give_what_the_integer_loops_give(
+    module: ModuleType, num_tokens: int, out_dtype: torch.dtype
+) -> None:
+    rows = reference_w8a8.quantize_per_token(draw(num_tokens, 64))
+    weight = draw_weight(24, 64)
+    found = module.linear_w8a8_quantized(*rows, *weight, out_dtype)
+    assert found.dtype == out_dtype
+    assert torch.equal(found, reference_w8a8.linear_w8a8_quantized(*rows, *weight, out_dtype))
 
 
 def test_scales_are_multiplied_in_the_order_of_the_specification() -> None:

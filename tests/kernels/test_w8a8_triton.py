@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from argosy.kernels import reference_w8a8
+from argosy.kernels.reference import silu_mul
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -19,7 +20,7 @@ DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.float32, torch.bfloat16)
 # (in, out) of linears: DeepSeek's on a card; here such that tiles end inside a row, a column and a block of K.
 SIZES = ((80, 48),) if IS_INTERPRETED else ((7168, 1536), (1536, 24576), (16384, 7168), (7168, 576), (2048, 7168))
-NUMS_ROWS = (0, 1, 7, 40) if IS_INTERPRETED else (0, 1, 7, 33, 128, 200, 4096)
+NUMS_ROWS = (0, 1, 7, 40, 300) if IS_INTERPRETED else (0, 1, 7, 16, 17, 33, 128, 200, 4096)
 
 pytestmark = pytest.mark.skipif(
     not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs an NVIDIA card, or TRITON_INTERPRET=1"
@@ -32,6 +33,22 @@ def fused() -> ModuleType:
     from argosy.kernels.triton import w8a8
 
     return w8a8
+
+
+@pytest.fixture
+def few_rows() -> ModuleType:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import w8a8_few_rows
+
+    return w8a8_few_rows
+
+
+@pytest.fixture
+def gemm() -> ModuleType:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import w8a8_gemm
+
+    return w8a8_gemm
 
 
 def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +75,73 @@ def test_linear(fused: ModuleType, dtype: torch.dtype, size: tuple[int, int], nu
     x = (torch.randn(num_rows, size[0], device=DEVICE) * 3).to(dtype)
     weight, scale = draw(size[1], size[0])
     assert torch.equal(fused.linear_w8a8(x, weight, scale), reference_w8a8.linear_w8a8(x, weight, scale))
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", (0, 3, 33, 257))
+def test_linear_of_quantised_rows(fused: ModuleType, num_rows: int, out_dtype: torch.dtype) -> None:
+    torch.manual_seed(num_rows)
+    x, x_scale = draw(num_rows, 80)
+    inputs = x, x_scale, *draw(48, 80), out_dtype
+    out = fused.linear_w8a8_quantized(*inputs)
+    expected = reference_w8a8.linear_w8a8_quantized(*inputs)
+    assert out.dtype == out_dtype and torch.equal(out, expected)
+
+
+# Of each tile of few rows: K and columns that end inside a block, a split and a slice.
+FEW_ROWS_SIZE = (2160, 150) if IS_INTERPRETED else (7216, 1544)
+
+
+@pytest.mark.parametrize(
+    ("table", "number"), [*(("NARROW_TILES", number) for number in range(3)), *(("SPLIT_TILES", n) for n in range(4))]
+)
+def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -> None:
+    torch.manual_seed(number)
+    tile = getattr(few_rows, table)[number]
+    size = FEW_ROWS_SIZE
+    for num_rows in (1, tile.block_rows - 1):
+        inputs = *draw(num_rows, size[0]), *draw(size[1], size[0]), torch.float32
+        out = few_rows.w8a8_few_rows(*inputs, tile=tile)
+        assert torch.equal(out, reference_w8a8.linear_w8a8_quantized(*inputs))
+
+
+@pytest.mark.parametrize(
+    "size", ((7168, 128), (7168, 576), (7168, 1536), (7168, 4096), (7168, 36864), (1536, 24576), (18432, 7168))
+)
+def test_splits_fill_a_card_once(few_rows: ModuleType, size: tuple[int, int]) -> None:
+    in_features, out_features = size
+    for tile in few_rows.SPLIT_TILES:
+        split = few_rows.choose_split(tile, *size, 132)
+        num_columns, num_splits = -(-out_features // tile.block_n), -(-in_features // split)
+        assert split % tile.block_k == 0 and (num_splits - 1) * split < in_features
+        assert num_splits == 1 or num_columns * num_splits <= 132
+        assert num_splits == 1 or split >= tile.min_split
+        # One more block of K for each program would not leave a program less: no split is longer than it must be.
+        assert num_columns >= 66 or split <= max(tile.min_split, in_features * num_columns / 66) + tile.block_k
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="device graphs and streams need a card")
+@pytest.mark.parametrize("num_rows", (1, 100))
+def test_few_rows_in_graphs_and_on_two_streams(fused: ModuleType, num_rows: int) -> None:
+    torch.manual_seed(3)
+    weight, scale = draw(576, 7168)
+    first, second = (torch.randn(num_rows, 7168, device=DEVICE) for _ in range(2))
+    expected = [reference_w8a8.linear_w8a8(x, weight, scale) for x in (first, second)]
+    fused.linear_w8a8(first, weight, scale)
+    x = first.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = fused.linear_w8a8(x, weight, scale)
+    side = torch.cuda.Stream()
+    for number in (1, 0, 1):
+        x.copy_((first, second)[number])
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            beside = [fused.linear_w8a8(first, weight, scale) for _ in range(5)]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, expected[number])
+        assert all(torch.equal(out, expected[0]) for out in beside)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,6 +180,29 @@ def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...])
     assert out.isfinite().all()
     # A last bit of silu now and then moves a number by one step of 127.
     assert (out.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
+
+
+# How a tile is walked changes nothing: short tails of experts, loads ahead of stores, two programs side by side.
+WALKS = ({"tail_rows": 16}, {"is_flat": True}, {"num_resident": 2})
+
+
+@pytest.mark.parametrize("is_gated", (False, True))
+@pytest.mark.parametrize("walk", WALKS if IS_INTERPRETED else ({"tail_rows": 64}, *WALKS[1:]), ids=str)
+def test_experts_in_every_walk(gemm: ModuleType, walk: dict[str, int], is_gated: bool) -> None:
+    """Rows that end in a short tail, at its end and behind it; columns and K that end inside a block."""
+    torch.manual_seed(4)
+    shape = (32, 16, 32, 3, 4) if IS_INTERPRETED else (128, 64, 128, 3, 4)
+    tile = gemm.Tile(*shape, is_swapped=False, **walk)
+    counts = torch.tensor((16, 0, 17, 31, 49, 1, 128, 65), dtype=torch.int32, device=DEVICE)
+    x = draw(int(counts.sum()), 80)
+    weight, scale = draw(len(counts), 48, 80)
+    out = gemm.w8a8_grouped_gemm(*x, weight, scale, counts, torch.float32, is_gated=is_gated, tile=tile)
+    rows = zip(*(part.split(counts.tolist()) for part in x), weight, scale, strict=True)
+    expected = torch.cat([reference_w8a8.linear_w8a8_quantized(*expert, torch.float32) for expert in rows])
+    if is_gated:
+        assert torch.allclose(out, silu_mul(expected), rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(out, expected)
 
 
 def test_padded_experts(fused: ModuleType) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from argosy.assets import builtin_model_directory
-from argosy.cache.cache_format import CacheDims, CacheFormat, PlainFormat, build_cache_format
+from argosy.cache.cache_format import CacheDims, CacheFormat, NormSettings, PlainFormat, build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
 from argosy.config import EngineConfig, KVCacheDType
 from argosy.engine.build import prepare
 from argosy.engine.build_rank import cache_dims, measure_num_blocks
-from argosy.kernels import attend_sparse, gather_cache, index_scores, write_cache
+from argosy.kernels import RotaryRows, attend_sparse, gather_cache, index_scores, write_cache
 from argosy.models.deepseek.config import load_model_config, parse_model_config
 from argosy.platforms.cpu import CpuPlatform
 from tests.helpers.tiny import build_oracle, save_checkpoint
@@ -32,6 +32,21 @@ TINY = CacheDims(kv_lora_rank=48, qk_rope_head_dim=8, index_head_dim=16)
 
 def _cache(kind: KVCacheDType, dtype: torch.dtype = torch.float32) -> MLAKVCache:
     return MLAKVCache(build_cache_format(kind, TINY, dtype, CPU), num_layers=2, num_blocks=5, block_size=4, device=CPU)
+
+
+LATENT_NORM = NormSettings(torch.ones(48), 0.0)
+KEY_NORM = NormSettings(torch.ones(16), 1e-5, torch.zeros(16))
+
+
+def _normed(latent: torch.Tensor) -> torch.Tensor:
+    """Such that ``LATENT_NORM`` changes nothing."""
+    latent[:, :48] /= latent[:, :48].square().mean(dim=1, keepdim=True).sqrt()
+    return latent
+
+
+def _no_rotation(num_tokens: int) -> RotaryRows:
+    ones = torch.ones(num_tokens, 1, 8)
+    return RotaryRows(torch.complex(ones[..., :4], torch.zeros(num_tokens, 1, 4)), ones, 0 * ones)
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -100,18 +115,19 @@ def test_the_refusal_comes_before_weights_are_read(tmp_path: Path) -> None:
 def test_the_plain_format_is_the_kernels_themselves() -> None:
     plain = PlainFormat(TINY, torch.float32)
     ours, theirs = torch.zeros(5, 4, 56), torch.zeros(5, 4, 56)
-    slots, latent = torch.tensor([5, -1, 9]), _random(3, 56)
-    plain.write_latent(ours, slots, latent)
+    slots, latent = torch.tensor([5, -1, 9]), _normed(_random(3, 56))
+    plain.write_latent(ours, slots, latent.clone(), LATENT_NORM, _no_rotation(3))
     write_cache(theirs, slots, latent)
     table, query = torch.tensor([[1, 2]], dtype=torch.int32), _random(2, 3, 56, seed=1)
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs)
+    ours = theirs
     assert torch.equal(plain.gather_latent(ours, table, 7), gather_cache(theirs, table, 7))
     chosen = torch.tensor([[5, 9], [9, -1]])
     expected = attend_sparse(query, theirs, chosen, 48, 0.3)
     assert torch.equal(plain.attend_sparse(query, ours, chosen, 0.3, is_full=False), expected)
     keys = _random(5, 4, 16, seed=2)
     index_q, weights = _random(1, 2, 4, 16, seed=3), _random(1, 2, 4, seed=4)
-    scores = plain.index_scores(index_q, keys, weights, table, 7)
+    scores = plain.index_scores(index_q, keys, weights, table, torch.tensor([[7, 7]], dtype=torch.int32), 7)
     assert torch.equal(scores, index_scores(index_q, gather_cache(keys, table, 7), weights))
 
 
@@ -119,8 +135,11 @@ def test_the_plain_format_is_the_kernels_themselves() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_writing_touches_its_slots_alone_and_reading_gives_them_back(kind: KVCacheDType, dtype: torch.dtype) -> None:
     kv = _cache(kind, dtype).layer(1)
-    latent, index_k = _random(3, 56).to(dtype), _random(3, 16, seed=1).to(dtype)
-    kv.write(torch.tensor([13, -1, 4]), latent, index_k)
+    latent, key = _normed(_random(3, 56)).to(dtype), _random(3, 16, seed=1).to(dtype)
+    slots, rotary = torch.tensor([13, -1, 4]), _no_rotation(3)
+    kv.write_latent(slots, latent.clone(), LATENT_NORM, rotary)
+    kv.write_index_k(slots, key, KEY_NORM, rotary)
+    index_k = torch.nn.functional.layer_norm(key.float(), (16,)).to(dtype)
     written = kv.latent.view(20, -1).any(dim=-1), kv.index_k.view(20, -1).any(dim=-1)
     for touched in written:
         assert touched.nonzero().flatten().tolist() == [0, 4, 13]  # 0 lies in the null block
@@ -132,7 +151,11 @@ def test_writing_touches_its_slots_alone_and_reading_gives_them_back(kind: KVCac
     everything = kv.attend_sparse(_random(1, 2, 56).to(dtype), torch.tensor([[13, 4, -1]]), 0.2)
     assert everything.dtype == dtype and everything.shape == (1, 2, 48) and everything.isfinite().all()
     scores = kv.index_scores(
-        index_k[:1].view(1, 1, 1, 16), torch.ones(1, 1, 1), torch.tensor([[3, 1]], dtype=torch.int32), 5
+        index_k[:1].view(1, 1, 1, 16),
+        torch.ones(1, 1, 1),
+        torch.tensor([[3, 1]], dtype=torch.int32),
+        torch.tensor([[5]], dtype=torch.int32),
+        5,
     )
     assert scores.shape == (1, 1, 5) and scores.argmax().item() == 1  # the key that equals the query
     assert scores[0, 0, 1].item() == pytest.approx(index_k[0].float().square().sum().item(), rel=0.05)

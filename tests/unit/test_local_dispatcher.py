@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from argosy.distributed.ep_local import MIN_WHOLE_TOKENS, LocalDispatcher
+from argosy.distributed.ep_arrange import sum_rows_in_torch
+from argosy.distributed.ep_local import MIN_WHOLE_TOKENS, FusedRows, LocalDispatcher
+from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.kernels import grouped_mlp, weighted_mlp
 
 NUM_EXPERTS, K, HIDDEN_SIZE, WIDTH = 8, 3, 32, 24
@@ -49,6 +51,18 @@ def test_rows_are_sorted_where_the_whole_form_does_not_pay(num_tokens: int) -> N
     dispatcher = LocalDispatcher(NUM_EXPERTS, max_whole_tokens=20)
     assert dispatcher.start_dispatch(*tokens).wait().expert_weights is None
     assert compute(dispatcher, *tokens).shape == (num_tokens, HIDDEN_SIZE)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+def test_rows_arranged_as_received_ones_give_the_same_sums(num_tokens: int) -> None:
+    """What a card does with fused kernels, here with their plain twins."""
+    tokens = draw(num_tokens)
+    arranged = LocalDispatcher(NUM_EXPERTS, fused=FusedRows(TorchRowOps(), sum_rows_in_torch))
+    found, expected = compute(arranged, *tokens), compute(LocalDispatcher(NUM_EXPERTS), *tokens)
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    dispatched = arranged.start_dispatch(*tokens).wait()
+    assert int(dispatched.num_tokens_per_expert.sum()) == int((tokens[1] >= 0).sum())
 
 
 def test_many_experts_are_never_taken_whole() -> None:

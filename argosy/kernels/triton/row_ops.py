@@ -28,17 +28,6 @@ class TokenColumns(Protocol):
     def row_words(self) -> int: ...
 
 
-class ExpertRows(Protocol):
-    """What was received for the experts."""
-
-    @property
-    def x(self) -> torch.Tensor: ...  # [N, D]
-    @property
-    def topk_ids(self) -> torch.Tensor: ...  # [N, K] int32
-    @property
-    def num_local_entries(self) -> int | None: ...
-
-
 class TritonRowOps:
     """For ``build_dispatcher(..., row_ops=...)``."""
 
@@ -56,12 +45,18 @@ class TritonRowOps:
         )
 
     def arrange_rows(
-        self, received: ExpertRows, expert_map: torch.Tensor, num_local_experts: int, *, is_padded: bool
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
+        *,
+        is_padded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, topk_ids = received.x, received.topk_ids
         if is_padded:
             return arrange_rows.arrange_padded(x, topk_ids, expert_map, num_local_experts)
-        return arrange_rows.arrange_sorted(x, topk_ids, expert_map, num_local_experts, received.num_local_entries)
+        return arrange_rows.arrange_sorted(x, topk_ids, expert_map, num_local_experts, num_local_entries)
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
         return sum_parts(parts, num_rows)

@@ -9,15 +9,25 @@ import torch
 
 from argosy.kernels import device_w8a8
 from argosy.kernels.triton.quantize import quantize_per_token
+from argosy.kernels.triton.w8a8_few_rows import MAX_ROWS, w8a8_few_rows
 from argosy.kernels.triton.w8a8_gemm import IN_FEATURES_MULTIPLE, w8a8_grouped_gemm
 
 
 def linear_w8a8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """See ``reference_w8a8.linear_w8a8``."""
+    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, x.dtype)
+
+
+def linear_w8a8_quantized(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """See ``reference_w8a8.linear_w8a8_quantized``; all are contiguous."""
+    assert all(tensor.is_contiguous() for tensor in (x, x_scale, weight, weight_scale))
     if not _can_load(weight):
-        return device_w8a8.linear_w8a8(x, weight, weight_scale)
-    quantized, activation_scale = quantize_per_token(x)
-    return w8a8_grouped_gemm(quantized, activation_scale, weight.unsqueeze(0), weight_scale.unsqueeze(0), None, x.dtype)
+        return device_w8a8.linear_w8a8_quantized(x, x_scale, weight, weight_scale, out_dtype)
+    if x.shape[0] <= MAX_ROWS:
+        return w8a8_few_rows(x, x_scale, weight, weight_scale, out_dtype)
+    return w8a8_grouped_gemm(x, x_scale, weight.unsqueeze(0), weight_scale.unsqueeze(0), None, out_dtype)
 
 
 def grouped_mlp_w8a8(

@@ -1,19 +1,21 @@
 """INT8 x INT8 products of sorted rows with their expert's weights, on Hopper's integer tensor instruction.
 
-One persistent kernel serves dense linears (one expert), experts in prefill (many rows each) and in decode (few rows
-each: weights take the instruction's long side, 64 rows at least, and tokens its short one). Sums are exact in int32;
-scales come in after. Invariant: a row's result depends on that row, its expert's weights and nothing else.
+One persistent kernel serves dense linears of many rows (one expert; ``w8a8_few_rows.py`` has the others), experts in
+prefill (many rows each) and in decode (few rows each: weights take the instruction's long side, 64 rows at least, and
+tokens its short one). Sums are exact in int32; scales come in after. Invariant: a row's result depends on that row, its
+expert's weights and nothing else.
 
 Shape letters: M sorted rows, D in_features, N out_features of a row, e experts.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from argosy.kernels.triton.card import count_multiprocessors
 
 IN_FEATURES_MULTIPLE = 16  # what the card's tile loads ask of a row of bytes
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
@@ -30,6 +32,11 @@ class Tile:
     num_warps: int
     is_swapped: bool  # weights on the instruction's long side
     group_rows: int = 8  # row tiles that are walked together, for the cache's sake
+    tail_rows: int = 0  # an expert's last tile is this short where its rows fit; 0: never
+    is_flat: bool = False  # the next tile's loads start before this one's results are written
+    # Programs on a multiprocessor, to fill each other's waits. Where sums are integers, Triton (3.6, 3.7.1) waits for a
+    # block of products before the next one; where they are float32 it does not.
+    num_resident: int = 1
 
 
 # By the mean number of rows an expert gets, the first entry that is not below it. Up to 16 rows and the wide
@@ -73,14 +80,17 @@ def w8a8_grouped_gemm(
     if num_rows == 0:
         return out
     tile = tile or choose_tile(num_rows, num_experts, is_gated)
-    rows_block = [tile.block_rows, tile.block_k]
     weight_block = [tile.block_n, tile.block_k]
-    x_tiles = TensorDescriptor(x, [num_rows, in_features], [in_features, 1], rows_block)
+    x_tiles, tail_tiles = (
+        TensorDescriptor(x, [num_rows, in_features], [in_features, 1], [block_rows, tile.block_k])
+        for block_rows in (tile.block_rows, tile.tail_rows or tile.block_rows)
+    )
     weight_tiles = TensorDescriptor(weight, [num_experts * out_features, in_features], [in_features, 1], weight_block)
     counts = x_scale if num_rows_per_expert is None else num_rows_per_expert  # a launch needs a pointer
-    num_programs = _count_multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_PROGRAMS
-    _w8a8_kernel[(num_programs,)](
+    num_programs = count_multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_PROGRAMS
+    _w8a8_kernel[(num_programs * tile.num_resident,)](
         x_tiles,
+        tail_tiles,
         weight_tiles,
         x_scale,
         weight_scale,
@@ -96,6 +106,8 @@ def w8a8_grouped_gemm(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_ROWS=tile.group_rows,
+        TAIL_ROWS=tile.tail_rows,
+        IS_FLAT=tile.is_flat,
         IS_SWAPPED=tile.is_swapped,
         IS_GATED=is_gated,
         IS_DENSE=num_rows_per_expert is None,
@@ -113,15 +125,10 @@ def choose_tile(num_rows: int, num_experts: int, is_gated: bool) -> Tile:
     return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
 
 
-@functools.cache
-def _count_multiprocessors(device_index: int) -> int:
-    count: int = triton.runtime.driver.active.utils.get_device_properties(device_index)["multiprocessor_count"]
-    return count
-
-
 @triton.jit
 def _w8a8_kernel(
     x_tiles,
+    tail_tiles,
     weight_tiles,
     x_scale,
     weight_scale,
@@ -137,6 +144,8 @@ def _w8a8_kernel(
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
     GROUP_ROWS: tl.constexpr,  # noqa: N803
+    TAIL_ROWS: tl.constexpr,  # noqa: N803
+    IS_FLAT: tl.constexpr,  # noqa: N803
     IS_SWAPPED: tl.constexpr,  # noqa: N803
     IS_GATED: tl.constexpr,  # noqa: N803
     IS_DENSE: tl.constexpr,  # noqa: N803
@@ -149,7 +158,7 @@ def _w8a8_kernel(
     column_tiles = tl.cdiv(num_columns, BLOCK_N)
     last_tile = tl.cumsum(row_tiles) * column_tiles  # behind each expert's
     num_tiles = tl.sum(row_tiles) * column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_FLAT):
         expert = tl.sum((last_tile <= tile).to(tl.int32))
         is_before = experts < expert
         is_mine = experts == expert
@@ -163,43 +172,81 @@ def _w8a8_kernel(
         first_row = tl.sum(tl.where(is_before, count, 0))
         row = first_row + row_tile * BLOCK_ROWS
         stop_row = first_row + tl.sum(tl.where(is_mine, count, 0))
-        weight_row = expert * out_features + column
-
-        # What lies behind a tensor's end reads as 0; what is another expert's is computed and not stored.
-        if IS_SWAPPED:
-            total = tl.zeros((BLOCK_N, BLOCK_ROWS), dtype=tl.int32)
-        else:
-            total = tl.zeros((BLOCK_ROWS, BLOCK_N), dtype=tl.int32)
-        up_total = total
-        for k in tl.range(0, in_features, BLOCK_K):
-            rows = x_tiles.load([row, k])
-            weights = weight_tiles.load([weight_row, k])
-            if IS_SWAPPED:
-                total = tl.dot(weights, rows.T, total, out_dtype=tl.int32)
+        if TAIL_ROWS > 0:
+            if stop_row - row <= TAIL_ROWS:
+                _compute_tile(
+                    tail_tiles, weight_tiles, x_scale, weight_scale, out, row, stop_row, expert, column, num_columns,
+                    out_features, in_features, TAIL_ROWS, BLOCK_N, BLOCK_K, IS_SWAPPED, IS_GATED,
+                )  # fmt: skip
             else:
-                total = tl.dot(rows, weights.T, total, out_dtype=tl.int32)
-            if IS_GATED:
-                up_weights = weight_tiles.load([weight_row + num_columns, k])
-                if IS_SWAPPED:
-                    up_total = tl.dot(up_weights, rows.T, up_total, out_dtype=tl.int32)
-                else:
-                    up_total = tl.dot(rows, up_weights.T, up_total, out_dtype=tl.int32)
+                _compute_tile(
+                    x_tiles, weight_tiles, x_scale, weight_scale, out, row, stop_row, expert, column, num_columns,
+                    out_features, in_features, BLOCK_ROWS, BLOCK_N, BLOCK_K, IS_SWAPPED, IS_GATED,
+                )  # fmt: skip
+        else:
+            _compute_tile(
+                x_tiles, weight_tiles, x_scale, weight_scale, out, row, stop_row, expert, column, num_columns,
+                out_features, in_features, BLOCK_ROWS, BLOCK_N, BLOCK_K, IS_SWAPPED, IS_GATED,
+            )  # fmt: skip
 
-        row_ids = row + tl.arange(0, BLOCK_ROWS)
-        columns = column + tl.arange(0, BLOCK_N)
-        is_row = row_ids < stop_row
-        is_column = columns < num_columns
-        row_scale = tl.load(x_scale + row_ids, mask=is_row, other=0.0)
-        column_scales = weight_scale + expert * out_features + columns
-        value = _scale(total, row_scale, tl.load(column_scales, mask=is_column, other=0.0), IS_SWAPPED)
-        if IS_GATED:
-            up_scale = tl.load(column_scales + num_columns, mask=is_column, other=0.0)
-            up = _scale(up_total, row_scale, up_scale, IS_SWAPPED)
-            value = value * tl.sigmoid(value) * up
+
+@triton.jit
+def _compute_tile(
+    x_tiles,
+    weight_tiles,
+    x_scale,
+    weight_scale,
+    out,
+    row,
+    stop_row,
+    expert,
+    column,
+    num_columns,
+    out_features,
+    in_features,
+    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    IS_SWAPPED: tl.constexpr,  # noqa: N803
+    IS_GATED: tl.constexpr,  # noqa: N803
+):
+    weight_row = expert * out_features + column
+
+    # What lies behind a tensor's end reads as 0; what is another expert's is computed and not stored.
+    if IS_SWAPPED:
+        total = tl.zeros((BLOCK_N, BLOCK_ROWS), dtype=tl.int32)
+    else:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_N), dtype=tl.int32)
+    up_total = total
+    for k in tl.range(0, in_features, BLOCK_K):
+        rows = x_tiles.load([row, k])
+        weights = weight_tiles.load([weight_row, k])
         if IS_SWAPPED:
-            value = tl.trans(value)
-        places = out + row_ids[:, None].to(tl.int64) * num_columns + columns[None, :]
-        tl.store(places, value.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+            total = tl.dot(weights, rows.T, total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(rows, weights.T, total, out_dtype=tl.int32)
+        if IS_GATED:
+            up_weights = weight_tiles.load([weight_row + num_columns, k])
+            if IS_SWAPPED:
+                up_total = tl.dot(up_weights, rows.T, up_total, out_dtype=tl.int32)
+            else:
+                up_total = tl.dot(rows, up_weights.T, up_total, out_dtype=tl.int32)
+
+    row_ids = row + tl.arange(0, BLOCK_ROWS)
+    columns = column + tl.arange(0, BLOCK_N)
+    is_row = row_ids < stop_row
+    is_column = columns < num_columns
+    row_scale = tl.load(x_scale + row_ids, mask=is_row, other=0.0)
+    column_scales = weight_scale + expert * out_features + columns
+    value = _scale(total, row_scale, tl.load(column_scales, mask=is_column, other=0.0), IS_SWAPPED)
+    if IS_GATED:
+        up_scale = tl.load(column_scales + num_columns, mask=is_column, other=0.0)
+        up = _scale(up_total, row_scale, up_scale, IS_SWAPPED)
+        value = value * tl.sigmoid(value) * up
+    if IS_SWAPPED:
+        value = tl.trans(value)
+    places = out + row_ids[:, None].to(tl.int64) * num_columns + columns[None, :]
+    tl.store(places, value.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit

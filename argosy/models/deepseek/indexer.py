@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from argosy.cache.cache_format import NormSettings
 from argosy.cache.mla_kv_cache import LayerKV
 from argosy.kernels import RotaryRows, rope_half_split_, select_topk_slots
-from argosy.layers.forward_batch import AttentionMetadata, PrefillSegment
+from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
 from argosy.layers.linear import Fp32Linear, build_linear
 from argosy.layers.norm import LayerNorm
 from argosy.models.deepseek.config import ModelConfig
 from argosy.quantization.scheme import Schemes
 
+_MAX_SCORES = 2**28  # of one segment that are in memory at a time: 1 GiB
 K_NORM_EPS = 1e-6  # fixed in the published code, not in config.json
 
 
@@ -41,18 +43,17 @@ class Indexer(nn.Module):
         self._rope_dim, self.topk = config.qk_rope_head_dim, config.index_topk
         self.wq_b = build_linear(schemes, "wq_b", config.q_lora_rank, self._heads * self._head_dim)
         self.wk = build_linear(schemes, "wk", config.hidden_size, self._head_dim)
-        self.k_norm = LayerNorm(self._head_dim, K_NORM_EPS)
+        self.k_norm = LayerNorm(self._head_dim)
+        self._key_norm = NormSettings(self.k_norm.weight, K_NORM_EPS, self.k_norm.bias)
         self.weights_proj = Fp32Linear(config.hidden_size, self._heads, torch.float32)
         self._weight_scale = (self._heads * self._head_dim) ** -0.5
 
-    def make_key(self, hidden_states: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-        """``hidden_states: [T, D]`` -> index_k [T, I], to be cached."""
-        key = self.k_norm(self.wk(hidden_states))
-        rope_half_split_(key[:, : self._rope_dim].unsqueeze(1), rotary)
-        return key
+    def write_key(self, hidden_rows: object, batch: ForwardBatch, kv: LayerKV) -> None:
+        """``hidden_rows: [T, D]``, or what ``wk`` prepared of them -> the batch's entries of ``kv``."""
+        kv.write_index_k(batch.attention.slot_mapping, self.wk(hidden_rows), self._key_norm, batch.rotary)
 
-    def make_query(self, hidden_states: torch.Tensor, q_resid: torch.Tensor, rotary: RotaryRows) -> IndexQuery:
-        """``q_resid: [T, q_lora_rank]`` is the *normed* output of ``q_a_layernorm``."""
+    def make_query(self, hidden_states: torch.Tensor, q_resid: object, rotary: RotaryRows) -> IndexQuery:
+        """``q_resid: [T, q_lora_rank]``: the *normed* output of ``q_a_layernorm``, or what ``wq_b`` prepared of it."""
         query = self.wq_b(q_resid).view(hidden_states.shape[0], self._heads, self._head_dim)
         rope_half_split_(query[..., : self._rope_dim], rotary)
         return IndexQuery(query, self.weights_proj(hidden_states) * self._weight_scale)
@@ -62,16 +63,26 @@ class Indexer(nn.Module):
         rows = attention.num_decode_tokens
         block_table = attention.block_table[:rows]
         index_q, index_weights = query.index_q[:rows].unsqueeze(1), query.index_weights[:rows].unsqueeze(1)
-        scores = kv.index_scores(index_q, index_weights, block_table, attention.max_decode_seq_len)  # [rows, 1, S]
-        return select_topk_slots(scores.squeeze(1), attention.seq_lens[:rows], self.topk, block_table, kv.block_size)
+        num_visible = attention.seq_lens[:rows]
+        max_seq_len = attention.max_decode_seq_len
+        scores = kv.index_scores(index_q, index_weights, block_table, num_visible.unsqueeze(1), max_seq_len)
+        return select_topk_slots(scores.squeeze(1), num_visible, self.topk, block_table, kv.block_size)
 
     def select_prefill_slots(
         self, query: IndexQuery, kv: LayerKV, attention: AttentionMetadata, segment: PrefillSegment
     ) -> torch.Tensor:
         """Cache slots for one request's tokens: [segment.num_tokens, index_topk] int64."""
-        tokens = slice(segment.start, segment.end)
         block_table = attention.block_table[segment.row : segment.row + 1]
-        index_q, index_weights = query.index_q[tokens].unsqueeze(0), query.index_weights[tokens].unsqueeze(0)
-        scores = kv.index_scores(index_q, index_weights, block_table, segment.seq_len)  # [1, T, S]
-        num_visible = torch.arange(segment.num_computed_tokens + 1, segment.seq_len + 1, device=scores.device)  # causal
-        return select_topk_slots(scores.squeeze(0), num_visible, self.topk, block_table, kv.block_size)
+        device = block_table.device
+        num_visible = torch.arange(
+            segment.num_computed_tokens + 1, segment.seq_len + 1, dtype=torch.int32, device=device
+        )  # causal
+        step = max(1, _MAX_SCORES // segment.seq_len)
+        parts = []
+        for start in range(0, segment.num_tokens, step):
+            visible = num_visible[start : start + step]
+            tokens = slice(segment.start + start, segment.start + start + len(visible))
+            index_q, index_weights = query.index_q[tokens].unsqueeze(0), query.index_weights[tokens].unsqueeze(0)
+            scores = kv.index_scores(index_q, index_weights, block_table, visible.unsqueeze(0), segment.seq_len)
+            parts.append(select_topk_slots(scores.squeeze(0), visible, self.topk, block_table, kv.block_size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -14,14 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from argosy.cache.cache_format import NormSettings
 from argosy.cache.mla_kv_cache import LayerKV
-from argosy.kernels import (
-    attend_absorbed,
-    attend_expanded,
-    rope_interleaved_,
-)
+from argosy.kernels import absorb_query, attend_expanded, linear_by_head, rope_interleaved_
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
-from argosy.layers.linear import build_column_parallel, build_linear, build_row_parallel
+from argosy.layers.linear import build_column_parallel, build_linear, build_row_parallel, share_preparation
 from argosy.layers.norm import RMSNorm
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.indexer import Indexer, IndexQuery
@@ -62,6 +59,7 @@ class MLAAttention(nn.Module):
         )
         self.kv_a_proj_with_mqa = build_linear(schemes, "kv_a_proj_with_mqa", config.hidden_size, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(self._rank, config.rms_norm_eps)
+        self._latent_norm = NormSettings(self.kv_a_layernorm.weight, config.rms_norm_eps)
         kv_b_width = config.num_attention_heads * config.qk_nope_head_dim + v_width
         # Absorption reads this weight, so it is plain in every model.
         self.kv_b_proj = schemes.build_plain_linear(
@@ -73,14 +71,17 @@ class MLAAttention(nn.Module):
         self._w_uv = kv_b_heads[:, self._nope_dim :].transpose(1, 2)  # [H, R, V]
         self.o_proj = build_row_parallel(schemes, "o_proj", v_width, config.hidden_size, tp_size)
         self.indexer = Indexer(config, schemes.at("indexer"))
+        self._prepare_hidden = share_preparation(self.q_a_proj, self.kv_a_proj_with_mqa, self.indexer.wk)
+        self._prepare_resid = share_preparation(self.q_b_proj, self.indexer.wq_b)
 
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
         """``hidden_states: [T, D]`` -> [T, D], to be summed over tp. Writes this batch's entries into ``kv``."""
         attention = batch.attention
-        q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
+        hidden_rows = self._prepare_hidden(hidden_states)
+        q_resid = self._prepare_resid(self.q_a_layernorm(self.q_a_proj(hidden_rows)))
         queries = self._make_queries(q_resid, batch)
-        latent, index_k = self._make_latent(hidden_states, batch), self.indexer.make_key(hidden_states, batch.rotary)
-        kv.write(attention.slot_mapping, latent, index_k)
+        kv.write_latent(attention.slot_mapping, self.kv_a_proj_with_mqa(hidden_rows), self._latent_norm, batch.rotary)
+        self.indexer.write_key(hidden_rows, batch, kv)
         index_query = None
         if attention.max_seq_len > self.indexer.topk:  # else every position is selected: the scores are not needed
             index_query = self.indexer.make_query(hidden_states, q_resid, batch.rotary)
@@ -92,19 +93,12 @@ class MLAAttention(nn.Module):
             parts.append(self._prefill(queries, index_query, attention, kv, segment))
         return self.o_proj((parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1))
 
-    def _make_queries(self, q_resid: torch.Tensor, batch: ForwardBatch) -> HeadQueries:
-        query = self.q_b_proj(q_resid).view(q_resid.shape[0], self._heads, self._nope_dim + self._rope_dim)
+    def _make_queries(self, q_resid: object, batch: ForwardBatch) -> HeadQueries:
+        """``q_resid: [T, q_lora_rank]``, normed, or what was prepared of it."""
+        query = self.q_b_proj(q_resid).view(batch.num_tokens, self._heads, self._nope_dim + self._rope_dim)
         q_nope, q_rope = query[..., : self._nope_dim], query[..., self._nope_dim :]
         rope_interleaved_(q_rope, batch.rotary)
         return HeadQueries(q_nope, q_rope)
-
-    def _make_latent(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """What the cache keeps of each token: normed kv_latent, then rotated k_rope: [T, C]."""
-        latent = self.kv_a_proj_with_mqa(hidden_states)
-        kv_latent = latent[:, : self._rank]
-        kv_latent.copy_(self.kv_a_layernorm(kv_latent))
-        rope_interleaved_(latent[:, self._rank :].unsqueeze(1), batch.rotary)
-        return latent
 
     def _decode(
         self, queries: HeadQueries, index_query: IndexQuery | None, attention: AttentionMetadata, kv: LayerKV
@@ -113,10 +107,13 @@ class MLAAttention(nn.Module):
         rows = attention.num_decode_tokens
         query = self._absorb(queries.rows(0, rows))
         if index_query is None or attention.max_decode_seq_len <= self.indexer.topk:
-            latent = kv.gather_latent(attention.block_table[:rows], attention.max_decode_seq_len)
-            position = torch.arange(attention.max_decode_seq_len, device=latent.device)
-            is_hidden = position >= attention.seq_lens[:rows].unsqueeze(1)
-            attended = attend_absorbed(query, latent, is_hidden, self._rank, self._softmax_scale)
+            attended = kv.attend_paged(
+                query,
+                attention.block_table[:rows],
+                attention.seq_lens[:rows],
+                attention.max_decode_seq_len,
+                self._softmax_scale,
+            )
         else:
             slots = self.indexer.select_decode_slots(index_query, kv, attention)
             is_full = attention.min_decode_seq_len >= self.indexer.topk
@@ -151,9 +148,8 @@ class MLAAttention(nn.Module):
 
     def _absorb(self, queries: HeadQueries) -> torch.Tensor:
         """[q_nope @ w_uk | q_rope]: [T, H, C]."""
-        q_latent = torch.bmm(queries.q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)
-        return torch.cat((q_latent, queries.q_rope), dim=-1)
+        return absorb_query(queries.q_nope, queries.q_rope, self._w_uk)
 
     def _unabsorb(self, attended: torch.Tensor) -> torch.Tensor:
         """``attended: [T, H, R]`` @ w_uv -> [T, H, V]."""
-        return torch.bmm(attended.transpose(0, 1), self._w_uv).transpose(0, 1)
+        return linear_by_head(attended, self._w_uv)

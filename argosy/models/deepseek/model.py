@@ -17,7 +17,6 @@ from argosy.config import EPPayload
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher
-from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.expert_load import ExpertLoad
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.tp_comm import build_token_slices, gather_vocabulary
@@ -84,8 +83,9 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
         """``hidden_states: [t, D]`` -> [t, D]."""
         normed = self._slices.all_gather(self.input_layernorm(hidden_states), batch.num_tokens)
-        hidden_states = hidden_states + self._slices.reduce_scatter(self.self_attn(normed, batch, kv))
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), batch)
+        attended = self._slices.reduce_scatter(self.self_attn(normed, batch, kv))
+        normed, hidden_states = self.post_attention_layernorm.add(hidden_states, attended)
+        return hidden_states + self.mlp(normed, batch)
 
 
 def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
@@ -97,7 +97,7 @@ def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
         config.n_routed_experts,
         payload=parts.ep_payload,
         low_latency_layout=select_expert_layout(device_type),
-        row_ops=select_row_ops(device_type, TorchRowOps()),
+        row_ops=select_row_ops(device_type),
         sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
         max_whole_tokens=select_max_whole_tokens(device_type, parts.dtype) if is_plain else 0,
     )

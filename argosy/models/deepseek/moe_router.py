@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from argosy.kernels import linear_fp32, route_grouped_topk
+from argosy.kernels import route_hidden
 from argosy.models.deepseek.config import ModelConfig
 
 
@@ -20,8 +20,9 @@ class MoERouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``hidden_states: [T, D]`` -> topk_ids [T, K] int32, topk_weights [T, K] float32."""
         config = self._config
-        return route_grouped_topk(
-            linear_fp32(hidden_states, self.weight),
+        return route_hidden(
+            hidden_states,
+            self.weight,
             self.e_score_correction_bias,
             n_group=config.n_group,
             topk_group=config.topk_group,

@@ -10,12 +10,14 @@ def w8a8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False) -> Kernel:
         "w8a8_gemm._w8a8_kernel",
         {
             "x_tiles": f"tensordesc<i8[{tile.block_rows},{tile.block_k}]>",
+            "tail_tiles": f"tensordesc<i8[{tile.tail_rows or tile.block_rows},{tile.block_k}]>",
             "weight_tiles": f"tensordesc<i8[{tile.block_n},{tile.block_k}]>",
         }
         | {"x_scale": "*fp32", "weight_scale": "*fp32", "counts": "*i32", "out": "*bf16", "num_rows": "i32"}
         | {"num_experts": "i32", "num_columns": "i32", "out_features": "i32", "in_features": "i32"},
         {"NUM_EXPERTS": 1 if is_dense else 256, "BLOCK_ROWS": tile.block_rows, "BLOCK_N": tile.block_n}
         | {"BLOCK_K": tile.block_k, "GROUP_ROWS": tile.group_rows, "IS_SWAPPED": tile.is_swapped}
+        | {"TAIL_ROWS": tile.tail_rows, "IS_FLAT": tile.is_flat}
         | {"IS_GATED": is_gated, "IS_DENSE": is_dense},
         num_warps=tile.num_warps,
         multiples_of_16=("num_columns", "out_features", "in_features"),

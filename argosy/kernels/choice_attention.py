@@ -1,0 +1,240 @@
+"""Which implementation of rotation, of what touches the cache, and of attention runs: the input's device decides.
+
+As ``choice.py``, which has all other operations. Invariant: every implementation of an operation gives what
+``reference.py``, ``reference_cache_rows.py`` or ``reference_paged.py`` gives.
+"""
+
+from types import ModuleType
+
+import torch
+
+from argosy.kernels import cpu, reference, reference_cache_rows, reference_paged
+from argosy.kernels.card import has_kernels
+from argosy.kernels.choice import rms_norm
+from argosy.kernels.reference import RotaryRows
+from argosy.kernels.reference_cache_rows import LatentRowLayout, NumberFormat
+
+# --- rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+def rope_interleaved_(x: torch.Tensor, rotary: RotaryRows) -> None:
+    """See ``reference.rope_interleaved_``."""
+    _rotary_of(x).rope_interleaved_(x, rotary)
+
+
+def rope_half_split_(x: torch.Tensor, rotary: RotaryRows) -> None:
+    """See ``reference.rope_half_split_``."""
+    _rotary_of(x).rope_half_split_(x, rotary)
+
+
+def _rotary_of(x: torch.Tensor) -> ModuleType:
+    if not has_kernels(x):
+        return reference
+    from argosy.kernels.triton import rotary
+
+    return rotary
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def write_latent(
+    latent: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    rotary: RotaryRows,
+    latent_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """See ``reference_paged.write_latent``."""
+    if not has_kernels(latent):
+        reference_paged.write_latent(latent, norm_weight, eps, rotary, latent_cache, slot_mapping, rms_norm)
+        return
+    from argosy.kernels.triton import cache_write
+
+    cache_write.write_latent(latent, norm_weight, eps, rotary, latent_cache, slot_mapping)
+
+
+def write_latent_encoded(
+    latent: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    rotary: RotaryRows,
+    latent_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: LatentRowLayout,
+) -> None:
+    """See ``reference_paged.write_latent_encoded``."""
+    arguments = (latent, norm_weight, eps, rotary, latent_cache, slot_mapping, layout)
+    if not has_kernels(latent):
+        reference_paged.write_latent_encoded(*arguments, rms_norm)
+        return
+    from argosy.kernels.triton import cache_write
+
+    cache_write.write_latent_encoded(*arguments)
+
+
+def write_index_k(
+    key: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    rotary: RotaryRows,
+    rope_dim: int,
+    index_k_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """See ``reference_paged.write_index_k``."""
+    chosen = _cache_write_of(key)
+    chosen.write_index_k(key, norm_weight, norm_bias, eps, rotary, rope_dim, index_k_cache, slot_mapping)
+
+
+def write_index_k_encoded(
+    key: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    rotary: RotaryRows,
+    rope_dim: int,
+    index_k_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    hadamard: torch.Tensor,
+    numbers: NumberFormat,
+) -> None:
+    """See ``reference_paged.write_index_k_encoded``."""
+    _cache_write_of(key).write_index_k_encoded(
+        key, norm_weight, norm_bias, eps, rotary, rope_dim, index_k_cache, slot_mapping, hadamard, numbers
+    )
+
+
+def _cache_write_of(x: torch.Tensor) -> ModuleType:
+    if not has_kernels(x):
+        return reference_paged
+    from argosy.kernels.triton import cache_write
+
+    return cache_write
+
+
+# --- the indexer and attention ----------------------------------------------------------------------------------------
+
+
+def index_scores_paged(
+    index_q: torch.Tensor,
+    index_k_cache: torch.Tensor,
+    index_weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    max_seq_len: int,
+) -> torch.Tensor:
+    """See ``reference_paged.index_scores_paged``."""
+    chosen = _index_scores_of(index_q)
+    return chosen.index_scores_paged(index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len)
+
+
+def index_scores_paged_encoded(
+    index_q: torch.Tensor,
+    index_k_cache: torch.Tensor,
+    index_weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    max_seq_len: int,
+    hadamard: torch.Tensor,
+    numbers: NumberFormat,
+) -> torch.Tensor:
+    """See ``reference_paged.index_scores_paged_encoded``."""
+    return _index_scores_of(index_q).index_scores_paged_encoded(
+        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, hadamard, numbers
+    )
+
+
+def _index_scores_of(x: torch.Tensor) -> ModuleType:
+    if not has_kernels(x):
+        return reference_paged
+    from argosy.kernels.triton import index_scores
+
+    return index_scores
+
+
+def select_topk_slots(
+    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """See ``reference.select_topk_slots``; the order within a row is the implementation's own."""
+    if scores.is_cpu:
+        return cpu.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+    if not has_kernels(scores):
+        return reference.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+    from argosy.kernels.triton import topk as triton_topk
+
+    return triton_topk.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+
+
+def attend_sparse(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    topk_slots: torch.Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    *,
+    is_full: bool = False,
+) -> torch.Tensor:
+    """See ``reference.attend_sparse``."""
+    if not has_kernels(query):
+        return reference.attend_sparse(query, latent_cache, topk_slots, kv_lora_rank, softmax_scale, is_full=is_full)
+    from argosy.kernels.triton import sparse_mla
+
+    return sparse_mla.attend_sparse(query, latent_cache, topk_slots, kv_lora_rank, softmax_scale, is_full=is_full)
+
+
+def attend_sparse_encoded(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    topk_slots: torch.Tensor,
+    layout: LatentRowLayout,
+    softmax_scale: float,
+    *,
+    is_full: bool = False,
+) -> torch.Tensor:
+    """See ``reference_cache_rows.attend_sparse_encoded``."""
+    if not has_kernels(query):
+        return reference_cache_rows.attend_sparse_encoded(
+            query, latent_cache, topk_slots, layout, softmax_scale, is_full=is_full
+        )
+    from argosy.kernels.triton import sparse_mla
+
+    return sparse_mla.attend_sparse_encoded(query, latent_cache, topk_slots, layout, softmax_scale, is_full=is_full)
+
+
+def attend_paged(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    kv_lora_rank: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """See ``reference_paged.attend_paged``. On a card it is sparse attention that selects everything."""
+    if not has_kernels(query):
+        return reference_paged.attend_paged(
+            query, latent_cache, block_table, seq_lens, max_seq_len, kv_lora_rank, softmax_scale
+        )
+    slots = reference_paged.list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
+    return attend_sparse(query, latent_cache, slots, kv_lora_rank, softmax_scale)
+
+
+def attend_paged_encoded(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    layout: LatentRowLayout,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """See ``reference_paged.attend_paged_encoded``."""
+    if not has_kernels(query):
+        return reference_paged.attend_paged_encoded(
+            query, latent_cache, block_table, seq_lens, max_seq_len, layout, softmax_scale
+        )
+    slots = reference_paged.list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
+    return attend_sparse_encoded(query, latent_cache, slots, layout, softmax_scale)

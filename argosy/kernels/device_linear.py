@@ -1,0 +1,72 @@
+"""Linears of an NVIDIA card: float32 results, by dtypes and number of tokens; products by head, written into place.
+
+No large weight is ever copied to float32, and no large result is moved. Invariant: ``linear_fp32`` gives what
+``reference.linear_fp32`` gives, within the order of float32 sums; a token's result is the same in every batch that goes
+the same way (``triton/linear_fp32.py``).
+
+Shape letters: T tokens, n in_features, m out_features, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank.
+"""
+
+import torch
+
+from argosy.kernels import reference
+
+# A bfloat16 weight this tall fills the card with whole sums; more tokens make it cuBLAS's case (not measured yet).
+MIN_STREAMED_FEATURES = 8192
+MAX_STREAMED_TOKENS = 128
+
+
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See ``reference.linear_fp32``. ``x``, ``weight``: bf16 or float32."""
+    if x.shape[0] == 0 or x.dtype == weight.dtype == torch.float32:
+        return reference.linear_fp32(x, weight)
+    if x.dtype == torch.float32:
+        return _split_tokens(x, weight)
+    if weight.dtype == torch.float32 or _is_streamed(x, weight):
+        return _linear_tiled(x, weight)
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See ``reference.linear_by_head``. Contiguous: what reads it next need not copy."""
+    out = x.new_empty(x.shape[0], weight.shape[0], weight.shape[2])
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
+    return out
+
+
+def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
+    """See ``reference.absorb_query``. Contiguous: ``torch.cat`` of the two took four times what its bytes take."""
+    num_tokens, heads, rope_dim = q_rope.shape
+    rank = w_uk.shape[2]
+    query = q_rope.new_empty(num_tokens, heads, rank + rope_dim)
+    torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., :rank].transpose(0, 1))
+    query[..., rank:] = q_rope
+    return query
+
+
+def split_in_three(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float32 numbers as the sum of three bfloat16 ones: the rounded number, and twice what is left."""
+    high = x.bfloat16()
+    rest = x - high
+    middle = rest.bfloat16()
+    return high, middle, (rest - middle).bfloat16()
+
+
+def _is_streamed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.shape[0] <= MAX_STREAMED_TOKENS and weight.shape[0] >= MIN_STREAMED_FEATURES
+
+
+def _linear_tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # Triton is installed with CUDA's torch only.
+    from argosy.kernels.triton.linear_fp32 import has_aligned_rows, multiply_parts
+    from argosy.kernels.triton.sum_parts import sum_parts
+
+    if not (has_aligned_rows(x) and has_aligned_rows(weight)):  # no published size
+        return reference.linear_fp32(x, weight)
+    parts = multiply_parts(x, weight)
+    return parts[0] if parts.shape[0] == 1 else sum_parts(parts, x.shape[0])
+
+
+def _split_tokens(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    high, middle, low = split_in_three(x)
+    return linear_fp32(torch.cat((low, middle, high)), weight).view(3, x.shape[0], weight.shape[0]).sum(dim=0)

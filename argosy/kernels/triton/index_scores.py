@@ -1,0 +1,341 @@
+"""The indexer's scores straight from the paged cache: products, ReLU, weights and the sum over heads in one kernel.
+
+Keys take the tensor instruction's long side and the heads of one token its other one, so that the sum over heads stays
+within four threads. Few tokens: programs share all tiles of visible keys evenly, and a program keeps a token's query.
+Many tokens: a program keeps a tile of keys, and queries stream past it. Invariant: what the host does not know, how
+many keys are visible, decides how much is done.
+
+Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, S keys of one sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
+from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.quantize import ROUNDER
+
+INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
+FEW_TOKENS = 8  # of a request; up to here keys are read once for each
+MAX_FEW_ROWS = 1024  # tokens of all requests whose tiles one program can count
+ROW_MULTIPLE = 16  # rows of scores start at multiples of 64 bytes, for whoever reads them
+# x plus its power of two times FP8_ROUNDER, minus that again, is x with e4m3's 3 bits behind the first.
+FP8_MIN_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
+FP8_ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2.0**20)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Keys and tokens of one program's turn. ``programs``: of one multiprocessor, where they share tiles."""
+
+    block_keys: int
+    block_tokens: int
+    num_stages: int
+    num_warps: int
+    programs: int = 0
+
+
+# By the bytes of a number: for few tokens, then for many. Not measured yet: what fits without spilling, thrice and
+# twice on a multiprocessor.
+FEW_TILES = {
+    1: Tile(128, 1, 3, 4, 3),
+    2: Tile(128, 1, 2, 4, 2),
+    4: Tile(32, 1, 1, 8, 2),
+}
+MANY_TILES = {
+    1: Tile(256, 32, 3, 8),
+    2: Tile(256, 32, 2, 8),
+    4: Tile(32, 16, 1, 8),
+}
+MIN_ROWS = 16  # fewer would only compile the kernel anew
+QUANTIZED_ROWS = 128  # queries that one program rotates
+
+
+def index_scores_paged(
+    index_q: torch.Tensor,
+    index_k_cache: torch.Tensor,
+    index_weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    max_seq_len: int,
+    *,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """``reference.index_scores`` of keys in a cache.
+
+    ``index_q: [B, T, J, I]``, ``index_k_cache: [num_blocks, block_size, I]`` of its dtype, ``index_weights: [B, T, J]``
+    f32, ``block_table: [B, >= blocks]`` int32, ``num_visible: [B, T]`` int32. Returns [B, T, max_seq_len] f32, rows
+    padded; what lies at and behind ``num_visible`` is unspecified. J and I are powers of two, the cache is contiguous.
+    No host sync.
+    """
+    return _score(index_q, index_k_cache, None, index_weights, block_table, num_visible, max_seq_len, tile)
+
+
+def index_scores_paged_encoded(
+    index_q: torch.Tensor,
+    index_k_cache: torch.Tensor,
+    index_weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    max_seq_len: int,
+    hadamard: torch.Tensor,
+    numbers: NumberFormat,
+    *,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """``reference_cache_rows.index_scores_encoded`` of key rows in a cache: ``index_k_cache: [num_blocks, block_size,
+    I + 4]`` uint8. ``hadamard: [I, I]`` f32: all its numbers have one magnitude. Else as ``index_scores_paged``.
+    """
+    query, weights = quantize_queries(index_q, index_weights, hadamard, numbers)
+    keys, scales = index_k_cache.view(numbers.dtype), index_k_cache.view(torch.float32)
+    return _score(query, keys, scales, weights, block_table, num_visible, max_seq_len, tile)
+
+
+def quantize_queries(
+    index_q: torch.Tensor, index_weights: torch.Tensor, hadamard: torch.Tensor, numbers: NumberFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` f32 -> numbers [B, T, J, I], and the weights times their
+    scales: [B, T, J] f32."""
+    query = torch.empty(index_q.shape, dtype=numbers.dtype, device=index_q.device)
+    weights = torch.empty(index_weights.shape, dtype=torch.float32, device=index_q.device)
+    num_rows = weights.numel()
+    if num_rows:
+        _quantize_queries_kernel[(triton.cdiv(num_rows, QUANTIZED_ROWS),)](
+            index_q.contiguous(),
+            index_weights.contiguous(),
+            hadamard,
+            query,
+            weights,
+            num_rows,
+            MIN_AMAX=MIN_AMAX,
+            MAX_VALUE=numbers.max_value,
+            IS_INTEGER=not numbers.dtype.is_floating_point,
+            DIM=index_q.shape[3],
+            BLOCK_ROWS=QUANTIZED_ROWS,
+            num_warps=8,
+        )
+    return query, weights
+
+
+def _score(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scales: torch.Tensor | None,
+    weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    max_seq_len: int,
+    tile: Tile | None,
+) -> torch.Tensor:
+    batch, num_tokens, heads, dim = query.shape
+    padded = triton.cdiv(max_seq_len, ROW_MULTIPLE) * ROW_MULTIPLE
+    out = torch.empty(batch, num_tokens, padded, dtype=torch.float32, device=query.device)
+    scores = out[:, :, :max_seq_len]
+    if scores.numel() == 0:
+        return scores
+    for name, size in (("index heads", heads), ("index_head_dim", dim)):
+        if size & (size - 1) or size < 16:
+            raise ValueError(f"{name} ({size}) must be a power of two from 16 on; use the reference operations")
+    assert keys.numel() < 2**31, f"{keys.shape}: places of numbers in the cache are counted in 32 bits"
+    num_rows = batch * num_tokens
+    is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
+    tile = tile or (FEW_TILES if is_few else MANY_TILES)[query.element_size()]
+    inputs = (keys, keys if scales is None else scales, weights.contiguous(), block_table, num_visible.contiguous())
+    lengths = (num_rows, num_tokens, max_seq_len, block_table.stride(0), padded)
+    constants = {
+        "BLOCK_SIZE": keys.shape[1],
+        "KEY_STRIDE": keys.shape[2],
+        "HAS_SCALES": scales is not None,
+        "HEADS": heads,
+        "DIM": dim,
+        "BLOCK_KEYS": tile.block_keys,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    query = query.contiguous()
+    if is_few:
+        num_programs = INTERPRETED_PROGRAMS
+        if query.is_cuda:
+            num_programs = tile.programs * count_multiprocessors(query.device.index)
+        _score_keys_kernel[(num_programs,)](
+            query, *inputs, out, *lengths, NUM_ROWS=max(MIN_ROWS, triton.next_power_of_2(num_rows)), **constants
+        )
+    else:
+        block_tokens = tile.block_tokens
+        queries = TensorDescriptor(query, [num_rows * heads, dim], [dim, 1], [heads, dim])
+        grid = (triton.cdiv(max_seq_len, tile.block_keys), triton.cdiv(num_tokens, block_tokens), batch)
+        _score_tokens_kernel[grid](queries, *inputs, out, *lengths, BLOCK_TOKENS=block_tokens, **constants)
+    return scores
+
+
+@triton.jit
+def _quantize_queries_kernel(
+    index_q,
+    index_weights,
+    hadamard,
+    query,
+    weights,
+    num_rows,
+    MIN_AMAX: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    MAX_VALUE: tl.constexpr,  # noqa: N803
+    IS_INTEGER: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,  # noqa: N803
+    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, DIM)
+    is_row = rows < num_rows
+    places = rows[:, None].to(tl.int64) * DIM + columns[None, :]
+    x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
+    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
+    magnitude = tl.load(hadamard)
+    turns = tl.load(hadamard + columns[:, None] * DIM + columns[None, :])
+    signs = tl.where(turns > 0, 1.0, -1.0).to(x.dtype)
+    rotated = tl.dot(x, signs, input_precision="ieee") * magnitude
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(rotated), axis=1), MIN_AMAX), MAX_VALUE)
+    units = tl.div_rn(rotated, tl.broadcast_to(scale[:, None], (BLOCK_ROWS, DIM)))
+    units = tl.minimum(tl.maximum(units, -MAX_VALUE), MAX_VALUE)
+    if IS_INTEGER:
+        units = (units + ROUNDER) - ROUNDER
+    else:  # so that the cast, which differs by platform, has nothing to round
+        power = tl.maximum((units.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), FP8_MIN_NORMAL)
+        rounder = power * FP8_ROUNDER
+        units = (units + rounder) - rounder
+    tl.store(query + places, units.to(query.dtype.element_ty), mask=is_row[:, None])
+    weight = tl.load(index_weights + rows, mask=is_row, other=0.0)
+    tl.store(weights + rows, weight * scale, mask=is_row)
+
+
+@triton.jit
+def _score_keys_kernel(
+    query,
+    keys,
+    scales,
+    weights,
+    block_table,
+    num_visible,
+    out,
+    num_rows,
+    num_tokens,
+    max_seq_len,
+    table_stride,
+    out_stride,
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    KEY_STRIDE: tl.constexpr,  # noqa: N803
+    HAS_SCALES: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,  # noqa: N803
+    BLOCK_KEYS: tl.constexpr,  # noqa: N803
+    NUM_ROWS: tl.constexpr,  # noqa: N803
+):
+    """All rows' tiles in a line, of which a program takes one stretch."""
+    rows = tl.arange(0, NUM_ROWS)
+    visible = tl.load(num_visible + rows, mask=rows < num_rows, other=0)
+    visible = tl.maximum(tl.minimum(visible, max_seq_len), 0)
+    row_tiles = (visible + BLOCK_KEYS - 1) // BLOCK_KEYS
+    behind = tl.cumsum(row_tiles)
+    total = tl.sum(row_tiles)
+    start = (total.to(tl.int64) * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
+    stop = (total.to(tl.int64) * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
+    if start == stop:
+        return
+    first_row = tl.sum((behind <= start).to(tl.int32)).to(tl.int64)
+    last_row = tl.sum((behind < stop).to(tl.int32)).to(tl.int64)
+    heads = tl.arange(0, HEADS)
+    dims = tl.arange(0, DIM)
+    for row in tl.range(first_row, last_row + 1):
+        row_behind = tl.sum(tl.where(rows == row, behind, 0))
+        row_start = row_behind - tl.sum(tl.where(rows == row, row_tiles, 0))
+        num_keys = tl.sum(tl.where(rows == row, visible, 0))
+        table = block_table + row // num_tokens * table_stride
+        row_query = tl.load(query + (row * HEADS + heads[:, None]) * DIM + dims[None, :])
+        row_weights = tl.load(weights + row * HEADS + heads)
+        place = out + row * out_stride
+        for tile in tl.range(tl.maximum(start, row_start) - row_start, tl.minimum(stop, row_behind) - row_start):
+            positions = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            is_key = positions < num_keys
+            slots = _find_slots(table, positions, is_key, BLOCK_SIZE)
+            tile_keys = tl.load(keys + slots[:, None] * KEY_STRIDE + dims[None, :])
+            score = _sum_heads(tile_keys, row_query, row_weights)
+            if HAS_SCALES:
+                score *= tl.load(scales + slots * (KEY_STRIDE // 4) + DIM // 4)
+            tl.store(place + positions, score, mask=is_key)
+
+
+@triton.jit
+def _score_tokens_kernel(
+    queries,
+    keys,
+    scales,
+    weights,
+    block_table,
+    num_visible,
+    out,
+    num_rows,
+    num_tokens,
+    max_seq_len,
+    table_stride,
+    out_stride,
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    KEY_STRIDE: tl.constexpr,  # noqa: N803
+    HAS_SCALES: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,  # noqa: N803
+    BLOCK_KEYS: tl.constexpr,  # noqa: N803
+    BLOCK_TOKENS: tl.constexpr,  # noqa: N803
+):
+    """A tile of keys against those tokens of a tile that see its first key, and any between them."""
+    first_key = tl.program_id(0) * BLOCK_KEYS
+    request = tl.program_id(2)
+    tokens = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    first = request * num_tokens
+    visible = tl.load(num_visible + first + tokens, mask=tokens < num_tokens, other=0)
+    sees = visible > first_key
+    start = tl.min(tl.where(sees, tokens, num_tokens))
+    stop = tl.max(tl.where(sees, tokens + 1, 0))
+    if start >= stop:
+        return
+    num_keys = tl.minimum(tl.max(visible), max_seq_len)
+    positions = first_key + tl.arange(0, BLOCK_KEYS)
+    dims = tl.arange(0, DIM)
+    heads = tl.arange(0, HEADS)
+    is_key = positions < num_keys
+    table = block_table + request.to(tl.int64) * table_stride
+    slots = _find_slots(table, positions, is_key, BLOCK_SIZE)
+    tile_keys = tl.load(keys + slots[:, None] * KEY_STRIDE + dims[None, :])
+    if HAS_SCALES:
+        scale = tl.load(scales + slots * (KEY_STRIDE // 4) + DIM // 4)
+    place = out + (first + start).to(tl.int64) * out_stride + positions
+    for row in tl.range(first + start, first + stop):
+        row_query = queries.load([row * HEADS, 0])
+        row_weights = tl.load(weights + row * HEADS + heads)
+        score = _sum_heads(tile_keys, row_query, row_weights)
+        if HAS_SCALES:
+            score *= scale
+        tl.store(place, score, mask=is_key)
+        place += out_stride
+
+
+@triton.jit
+def _find_slots(table, positions, is_key, BLOCK_SIZE: tl.constexpr):  # noqa: N803
+    """Whole tiles of slots: those behind the last key are the null block's, whose scores nobody gets."""
+    places = positions.to(tl.uint32)  # division costs less without a sign
+    blocks = tl.load(table + places // BLOCK_SIZE, mask=is_key, other=0)
+    # NOTE(alignment): with %, Triton 3.6 takes every slot for a multiple of the block size, and reads 16 bytes at once
+    # where rows of 132 allow 4.
+    return blocks * BLOCK_SIZE + (places & (BLOCK_SIZE - 1)).to(tl.int32)
+
+
+@triton.jit
+def _sum_heads(keys, row_query, row_weights):
+    """``keys: [keys, I]``, ``row_query: [J, I]``, ``row_weights: [J]`` -> [keys] f32."""
+    if keys.dtype == tl.int8:
+        products = tl.dot(keys, row_query.T, out_dtype=tl.int32).to(tl.float32)
+    else:
+        products = tl.dot(keys, row_query.T, input_precision="ieee")
+    # x + |x| is 2 relu(x), exactly; a maximum would take the pipe that also converts and compares, at half the speed.
+    return tl.sum((products + tl.abs(products)) * (row_weights * 0.5)[None, :], axis=1)

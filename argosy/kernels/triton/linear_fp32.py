@@ -1,0 +1,154 @@
+"""Linears with float32 results on the bfloat16 tensor instruction: the head, the router, the index weights.
+
+A float32 weight is split on the way into three bfloat16 parts, whose sum it is exactly: three products replace one of
+a sixteenth of their speed. Weights take the instruction's long side. Few tokens leave few tiles, so K is split over
+programs, and what each made is added in the order of K by a second kernel, ``sum_parts``. Invariant: a token's result
+depends on the token, the weight and its tile's ``split_k`` alone: all tokens of an entry below get the same order of
+sums.
+
+Shape letters: T tokens, n in_features, m out_features, S parts of K.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ALIGNMENT_BYTES = 16  # of addresses and rows, which the card's tile loads ask for
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One program's piece of the output, and how it walks its part of K."""
+
+    block_out: int
+    block_tokens: int
+    block_k: int
+    split_k: int | None  # None: all of K
+    num_stages: int
+    num_warps: int
+
+
+# By the number of tokens, the first entry that is not below it. Not measured yet: from the bytes that an H200's memory
+# and second-level cache move. Up to 128 tokens split_k is the same, so a decode batch's size changes no token's sums;
+# above 8192 there are tiles enough, and no parts to keep.
+FEW_TOKENS_TILES = (
+    (16, Tile(64, 16, 64, 256, 5, 4)),
+    (32, Tile(64, 32, 64, 256, 5, 4)),
+    (64, Tile(64, 64, 64, 256, 5, 4)),
+    (128, Tile(64, 128, 64, 256, 4, 4)),
+)
+ROUTER_TILES = (
+    *FEW_TOKENS_TILES,
+    (1024, Tile(128, 128, 64, 896, 4, 8)),
+    (8192, Tile(128, 128, 64, 3584, 4, 8)),
+    (math.inf, Tile(128, 128, 64, None, 4, 8)),
+)
+NARROW_FEATURES = 64  # index weights have no more
+NARROW_TILES = (
+    *FEW_TOKENS_TILES,
+    (1024, Tile(64, 128, 64, 448, 4, 4)),
+    (8192, Tile(64, 128, 64, 1792, 4, 4)),
+    (math.inf, Tile(64, 128, 64, None, 4, 4)),
+)
+# Weights in bfloat16 are a head's, and tall: whatever is being multiplied, enough is on its way.
+HEAD_TILES = (
+    (16, Tile(64, 16, 128, None, 5, 4)),
+    (32, Tile(128, 32, 64, None, 5, 4)),
+    (64, Tile(256, 64, 64, None, 5, 8)),
+    (math.inf, Tile(256, 128, 64, None, 4, 8)),
+)
+
+
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether tiles of ``x: [rows, columns]`` can be loaded."""
+    row_bytes = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and row_bytes % ALIGNMENT_BYTES == 0 and x.data_ptr() % ALIGNMENT_BYTES == 0
+
+
+def choose_tile(num_tokens: int, out_features: int, weight_dtype: torch.dtype) -> Tile:
+    tiles = NARROW_TILES if out_features <= NARROW_FEATURES else ROUTER_TILES
+    if weight_dtype == torch.bfloat16:
+        tiles = HEAD_TILES
+    return next(tile for limit, tile in tiles if num_tokens <= limit)
+
+
+def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
+    """``x: [T, n]`` bf16, ``weight: [m, n]`` f32 or bf16 -> [S, T, m] float32, to be added over S in its order.
+
+    T and m are not 0; rows of both as ``has_aligned_rows`` asks.
+    """
+    num_tokens, in_features = x.shape
+    out_features = weight.shape[0]
+    tile = tile or choose_tile(num_tokens, out_features, weight.dtype)
+    split_k = tile.split_k or in_features
+    num_parts = triton.cdiv(in_features, split_k)
+    parts = torch.empty(num_parts, num_tokens, out_features, dtype=torch.float32, device=x.device)
+    x_tiles = TensorDescriptor(x, [num_tokens, in_features], [x.stride(0), 1], [tile.block_tokens, tile.block_k])
+    weight_shape, weight_strides = [out_features, in_features], [weight.stride(0), 1]
+    weight_tiles = TensorDescriptor(weight, weight_shape, weight_strides, [tile.block_out, tile.block_k])
+    num_tiles = triton.cdiv(out_features, tile.block_out) * triton.cdiv(num_tokens, tile.block_tokens)
+    _linear_kernel[(num_tiles, num_parts)](
+        x_tiles,
+        weight_tiles,
+        parts,
+        num_tokens,
+        out_features,
+        in_features,
+        split_k,
+        BLOCK_OUT=tile.block_out,
+        BLOCK_TOKENS=tile.block_tokens,
+        BLOCK_K=tile.block_k,
+        IS_SPLIT=weight.dtype == torch.float32,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return parts
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _linear_kernel(
+    x_tiles,
+    weight_tiles,
+    parts,
+    num_tokens,
+    out_features,
+    in_features,
+    split_k,
+    BLOCK_OUT: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    BLOCK_TOKENS: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    IS_SPLIT: tl.constexpr,  # noqa: N803
+):
+    out_tiles = tl.cdiv(out_features, BLOCK_OUT)
+    feature = (tl.program_id(0) % out_tiles) * BLOCK_OUT
+    token = (tl.program_id(0) // out_tiles) * BLOCK_TOKENS
+    part = tl.program_id(1)
+    first_k = part * split_k
+    stop_k = tl.minimum(first_k + split_k, in_features)
+    total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
+    for k in tl.range(first_k, stop_k, BLOCK_K):  # what lies behind a tensor's end reads as 0
+        tokens = x_tiles.load([token, k]).T
+        weights = weight_tiles.load([feature, k])
+        if IS_SPLIT:
+            # NOTE(numerics): 24 bits are three times 8, so nothing of the weight is lost.
+            high = weights.to(tl.bfloat16)
+            rest = weights - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            # From zero, then into the total: ptxas lets products of a chain through a loop not overlap.
+            product = tl.zeros_like(total)
+            product = tl.dot(low.to(tokens.dtype), tokens, product, input_precision="ieee")
+            product = tl.dot(middle.to(tokens.dtype), tokens, product, input_precision="ieee")
+            product = tl.dot(high.to(tokens.dtype), tokens, product, input_precision="ieee")
+            total += product
+        else:
+            total = tl.dot(weights, tokens, total, input_precision="ieee")
+    features = feature + tl.arange(0, BLOCK_OUT)
+    rows = token + tl.arange(0, BLOCK_TOKENS)
+    places = (part.to(tl.int64) * num_tokens + rows[:, None]) * out_features + features[None, :]
+    is_inside = (rows[:, None] < num_tokens) & (features[None, :] < out_features)
+    tl.store(parts + places, tl.trans(total), mask=is_inside)

@@ -1,0 +1,54 @@
+from argosy.kernels.triton.index_scores import FEW_TILES, MANY_TILES, MIN_ROWS, QUANTIZED_ROWS
+from tests.helpers.compiled import Kernel
+
+HEADS, DIM, BLOCK_SIZE = 64, 128, 64
+LENGTHS = {"num_rows": "i32", "num_tokens": "i32", "max_seq_len": "i32", "table_stride": "i32", "out_stride": "i32"}
+# Triton's and the instruction's names of the numbers in the cache, and their bytes.
+FORMATS = (("i8", ".s32.s8.s8", 1), ("fp8e4nv", ".f32.e4m3.e4m3", 1), ("bf16", ".f32.bf16.bf16", 2))
+
+
+def score(number: str, product: str, num_bytes: int, *, is_few: bool, num_rows: int = 128) -> Kernel:
+    tile = (FEW_TILES if is_few else MANY_TILES)[num_bytes]
+    queries = {"query": f"*{number}"} if is_few else {"queries": f"tensordesc<{number}[{HEADS},{DIM}]>"}
+    return Kernel(
+        "index_scores._score_keys_kernel" if is_few else "index_scores._score_tokens_kernel",
+        queries
+        | {"keys": f"*{number}", "scales": "*fp32" if num_bytes == 1 else f"*{number}", "weights": "*fp32"}
+        | {"block_table": "*i32", "num_visible": "*i32", "out": "*fp32"}
+        | LENGTHS,
+        {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if num_bytes == 1 else DIM, "HAS_SCALES": num_bytes == 1}
+        | {"HEADS": HEADS, "DIM": DIM, "BLOCK_KEYS": tile.block_keys}
+        | ({"NUM_ROWS": num_rows} if is_few else {"BLOCK_TOKENS": tile.block_tokens}),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        multiples_of_16=("out_stride",),
+        is_vectorised=None,
+        instructions=("wgmma.mma_async.sync.aligned.m64n64", product),
+        label=f"{number} {num_rows}" if is_few else number,
+    )
+
+
+def quantize_queries(number: str, max_value: float) -> Kernel:
+    return Kernel(
+        "index_scores._quantize_queries_kernel",
+        {"index_q": "*bf16", "index_weights": "*fp32", "hadamard": "*fp32", "query": f"*{number}"}
+        | {"weights": "*fp32", "num_rows": "i32"},
+        {
+            "MIN_AMAX": 1e-4,
+            "MAX_VALUE": max_value,
+            "IS_INTEGER": number == "i8",
+            "DIM": DIM,
+            "BLOCK_ROWS": QUANTIZED_ROWS,
+        },
+        num_warps=8,
+        instructions=("wgmma.mma_async.sync.aligned.m64n128",),
+        label=number,
+    )
+
+
+KERNELS = (
+    *(score(*numbers, is_few=is_few) for numbers in FORMATS for is_few in (True, False)),
+    score(*FORMATS[0], is_few=True, num_rows=MIN_ROWS),
+    quantize_queries("i8", 127.0),
+    quantize_queries("fp8e4nv", 448.0),
+)

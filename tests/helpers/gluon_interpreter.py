@@ -1,0 +1,224 @@
+"""Runs a Gluon kernel's own source on the CPU: Triton's interpreter knows only Triton's language.
+
+Layouts mean nothing here. What runs asynchronously on a card comes as late as it may: a copy's target holds NaN from
+its start until its group is waited for, and a product reads its operands when it is waited for. So a buffer that is
+written too early, or read too early, shows in the numbers; a forgotten barrier does not.
+Invariant: nothing of Triton is changed; the kernel's module is executed a second time, under a name of its own.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
+import torch
+
+DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+
+
+def load_interpreted(module_name: str) -> SimpleNamespace:
+    """The module's names; its kernels are called as ``kernel[(num_programs,)](...)``, with tensors on the CPU."""
+    language = _Language()
+    gl = SimpleNamespace(
+        **{name: getattr(language, name) for name in dir(language) if not name.startswith("_")}, **DTYPES
+    )
+    hopper = ModuleType("hopper")
+    for name in ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait"):
+        setattr(hopper, name, getattr(language, name))
+    hopper.async_copy = language  # type: ignore[attr-defined]
+    gluon = ModuleType("gluon")
+    gluon.jit = lambda function: _Kernel(function, language)  # type: ignore[attr-defined]
+    gluon.language = gl  # type: ignore[attr-defined]
+    fakes = {"triton": ModuleType("triton"), "triton.experimental": ModuleType("experimental")}
+    fakes["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
+    fakes |= {"triton.experimental.gluon": gluon, "triton.experimental.gluon.language.nvidia.hopper": hopper}
+    spec = find_spec(module_name)
+    assert spec is not None and spec.origin is not None
+    names: dict[str, object] = {"__name__": f"interpreted {module_name}"}
+    with open(spec.origin, encoding="utf-8") as file, patch.dict(sys.modules, fakes):
+        exec(compile(file.read(), spec.origin, "exec"), names)  # noqa: S102 - our own source
+    return SimpleNamespace(**names)
+
+
+class _Kernel:
+    """A function of the kernel's module: a kernel with a grid, otherwise just called."""
+
+    def __init__(self, function: Callable[..., object], language: "_Language") -> None:
+        self._function, self._language = function, language
+
+    def __call__(self, *arguments: object) -> object:
+        return self._function(*arguments)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: object, num_warps: int, num_stages: int, **constants: object) -> None:
+            del num_warps, num_stages
+            placed = [_Pointer.to(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+            for program in range(grid[0]):
+                self._language.start(program)
+                self._function(*placed, **constants)
+
+        return launch
+
+
+@dataclass
+class _Pointer:
+    memory: torch.Tensor  # [n]: all of the storage
+    offset: torch.Tensor
+
+    @staticmethod
+    def to(tensor: torch.Tensor) -> "_Pointer":
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return _Pointer(memory, torch.tensor(tensor.storage_offset()))
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.memory.dtype)
+
+    def __add__(self, offset: torch.Tensor | int) -> "_Pointer":
+        return _Pointer(self.memory, self.offset + offset)
+
+
+@dataclass
+class _Shared:
+    values: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def index(self, position: int) -> "_Shared":
+        return _Shared(self.values[position])
+
+    def permute(self, order: Sequence[int]) -> "_Shared":
+        return _Shared(self.values.permute(*order))
+
+    def store(self, values: torch.Tensor) -> None:
+        assert values.dtype == self.values.dtype and values.shape == self.values.shape
+        self.values.copy_(values)
+
+
+@dataclass
+class _Product:
+    compute: Callable[[], torch.Tensor]
+
+
+@dataclass
+class _Language:
+    """``gl`` and what lies beside it, as far as it is used."""
+
+    program: int = 0
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    committed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def start(self, program: int) -> None:
+        self.program = program
+        self.copies.clear()
+        self.committed.clear()
+
+    # --- numbers
+
+    def constexpr(self, value: object) -> object:
+        return value
+
+    def layout(self, *_: object, **__: object) -> None:
+        return None
+
+    BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = layout
+
+    def program_id(self, axis: int) -> torch.Tensor:
+        assert axis == 0
+        return torch.tensor(self.program)
+
+    def arange(self, start: int, end: int, layout: None) -> torch.Tensor:
+        return torch.arange(start, end)
+
+    def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: None) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+    def expand_dims(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.unsqueeze(axis)
+
+    def reshape(self, x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+        return x.reshape(shape)
+
+    def convert_layout(self, x: torch.Tensor, layout: None) -> torch.Tensor:
+        return x
+
+    def where(self, condition: torch.Tensor, x: torch.Tensor | float, y: torch.Tensor | float) -> torch.Tensor:
+        return torch.where(condition, x, y)
+
+    def maximum(self, x: torch.Tensor, y: torch.Tensor | int) -> torch.Tensor:
+        return torch.maximum(x, torch.as_tensor(y))
+
+    def minimum(self, x: torch.Tensor, y: torch.Tensor | int) -> torch.Tensor:
+        return torch.minimum(x, torch.as_tensor(y))
+
+    def max(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.amax(axis)
+
+    def sum(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.sum(axis)
+
+    exp2 = staticmethod(torch.exp2)
+    log2 = staticmethod(torch.log2)
+
+    # --- memory
+
+    def load(self, pointer: _Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
+        offset, mask = torch.broadcast_tensors(pointer.offset, mask)
+        values = torch.full(offset.shape, other, dtype=pointer.memory.dtype)
+        values[mask] = pointer.memory[offset[mask]]
+        return values
+
+    def store(self, pointer: _Pointer, values: torch.Tensor, mask: torch.Tensor) -> None:
+        offset, mask = torch.broadcast_tensors(pointer.offset, mask)
+        assert values.dtype == pointer.memory.dtype
+        pointer.memory[offset[mask]] = values[mask]
+
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: None) -> _Shared:
+        return _Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+    def async_copy_global_to_shared(self, shared: _Shared, pointer: _Pointer, mask: torch.Tensor) -> None:
+        values = self.load(pointer, mask, 0.0)
+        assert values.shape == shared.values.shape
+        shared.values.fill_(float("nan"))
+        self.copies.append((shared.values, values))
+
+    def commit_group(self) -> None:
+        self.committed += self.copies
+        self.copies.clear()
+
+    def wait_group(self, num_outstanding: int) -> None:
+        assert num_outstanding == 0
+        for target, values in self.committed:
+            target.copy_(values)
+        self.committed.clear()
+
+    def fence_async_shared(self) -> None:
+        """Nothing to do: see the module's first lines."""
+
+    barrier = fence_async_shared
+
+    # --- products
+
+    def warpgroup_mma_init(self, value: torch.Tensor) -> _Product:
+        return _Product(lambda: value)
+
+    def warpgroup_mma(
+        self, a: _Shared, b: _Shared, total: torch.Tensor | _Product, *, use_acc: bool = True, is_async: bool
+    ) -> _Product:
+        assert is_async
+
+        def compute() -> torch.Tensor:
+            before = total.compute() if isinstance(total, _Product) else total
+            product = a.values.float() @ b.values.float()
+            return before + product if use_acc else product
+
+        return _Product(compute)
+
+    def warpgroup_mma_wait(self, num_outstanding: int, deps: list[_Product]) -> torch.Tensor:
+        assert num_outstanding == 0
+        (product,) = deps
+        return product.compute()

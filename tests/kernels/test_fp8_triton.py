@@ -1,0 +1,188 @@
+"""FP8 blocks on the tensor cores against their specification: numbers and scales bit by bit, sums within their order.
+
+On a Hopper card, or without one in Triton's interpreter, at small sizes:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_fp8_triton.py
+"""
+
+import os
+from types import ModuleType
+
+import pytest
+import torch
+
+from argosy.kernels import reference_fp8
+from argosy.kernels.reference import silu_mul
+from tests.helpers.quantized_twin import quantize_blocks
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+# The interpreter cuts bfloat16 where a card rounds.
+DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.float32, torch.bfloat16)
+# (in, out) of linears: DeepSeek's on a card; here such that tiles end inside a row, a column and a block of both.
+SIZES = (
+    ((304, 144), (1040, 48))
+    if IS_INTERPRETED
+    else ((7168, 4096), (1536, 24576), (16384, 7168), (7168, 576), (7168, 128))
+)
+NUMS_ROWS = (0, 1, 40, 70) if IS_INTERPRETED else (0, 1, 7, 33, 64, 128, 200, 4096)
+# Of a card's sums within 128 products; see ``docs/numerics.md``.
+MAX_ERROR = {torch.float32: 1e-5 if IS_INTERPRETED else 1e-3, torch.bfloat16: 4e-3}
+
+pytestmark = pytest.mark.skipif(
+    not IS_INTERPRETED and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)),
+    reason="needs a Hopper card, or TRITON_INTERPRET=1",
+)
+
+
+@pytest.fixture
+def fused() -> ModuleType:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import fp8
+
+    return fp8
+
+
+@pytest.fixture
+def gemm() -> ModuleType:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import fp8_gemm
+
+    return fp8_gemm
+
+
+def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 matrices [..., N, K] and scales that differ between blocks."""
+    padded = torch.randn(*shape[:-1], -(-shape[-1] // 128) * 128, device=DEVICE)
+    weight, scale = quantize_blocks(padded)
+    return weight[..., : shape[-1]].contiguous(), scale * (0.5 + torch.rand(scale.shape, device=DEVICE))
+
+
+def draw_rows(num_rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Groups of different magnitudes."""
+    magnitude = 10 ** torch.randn(num_rows, -(-size // 128), device=DEVICE).clamp(-1, 1)
+    return (torch.randn(num_rows, size, device=DEVICE) * magnitude.repeat_interleave(128, dim=1)[:, :size]).to(dtype)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    assert out.shape == expected.shape and out.dtype == expected.dtype
+    if out.numel():
+        error = (out.double() - expected.double()).norm() / expected.double().norm()
+        assert error <= MAX_ERROR[out.dtype], error.item()
+
+
+def assert_quantized(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0].float(), expected[0].float())
+
+
+@pytest.mark.parametrize("has_ue8m0_scales", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_are_quantised_as_specified(fused: ModuleType, dtype: torch.dtype, has_ue8m0_scales: bool) -> None:
+    """Zeros, tiny numbers, every middle between two steps, subnormal ones too, a ragged group, strided rows."""
+    torch.manual_seed(0)
+    wide = draw_rows(9, 1500, torch.float32)
+    wide[1], wide[2] = 0.0, wide[2] * 1e-30
+    wide[3] = torch.arange(1500, device=DEVICE) * 0.25 + 0.125
+    wide[4, :128] = torch.arange(128, device=DEVICE) * 2.0**-10
+    wide[4, 0], wide[5, 128] = 448.0, float("-inf")
+    x = wide.to(dtype)[:, :1420]
+    actual = fused.quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    expected = reference_fp8.quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    finite = [0, 1, 2, 3, 4, 6, 7, 8]  # the interpreter has no NaN of e4m3
+    assert_quantized((actual[0][finite], actual[1]), (expected[0][finite], expected[1]))
+    if not IS_INTERPRETED:
+        assert torch.equal(actual[0][5].isnan(), expected[0][5].isnan())
+
+
+@pytest.mark.parametrize("many_rows", (4, 1024))
+@pytest.mark.parametrize("num_rows", (0, 6))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_quantising_together(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_rows: int, many_rows: int
+) -> None:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import quantize_groups
+
+    monkeypatch.setattr(quantize_groups, "MANY_ROWS", many_rows)
+    torch.manual_seed(1)
+    gate_up = draw_rows(num_rows, 2 * 200, dtype)
+    quantized, scale = quantize_groups.silu_mul_quantize_groups(gate_up, has_ue8m0_scales=True)
+    expected, expected_scale = reference_fp8.quantize_groups(silu_mul(gate_up), has_ue8m0_scales=True)
+    assert torch.allclose(scale, expected_scale)
+    # A last bit of silu now and then moves a number by one step.
+    is_equal = quantized.float() == expected.float()
+    assert quantized.shape == expected.shape and (not num_rows or is_equal.float().mean() > 0.999)
+
+
+@pytest.mark.parametrize("num_rows", NUMS_ROWS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(fused: ModuleType, dtype: torch.dtype, size: tuple[int, int], num_rows: int) -> None:
+    torch.manual_seed(num_rows)
+    x = draw_rows(num_rows, size[0], dtype)
+    weight, scale = draw(size[1], size[0])
+    has_ue8m0_scales = num_rows % 2 == 0
+    out = fused.linear_fp8(x, weight, scale, has_ue8m0_scales=has_ue8m0_scales)
+    assert_close(out, reference_fp8.linear_fp8(x, weight, scale, has_ue8m0_scales=has_ue8m0_scales))
+
+
+def test_every_tile_gives_the_same(gemm: ModuleType, fused: ModuleType) -> None:
+    torch.manual_seed(3)
+    x = draw_rows(70, 384, torch.float32)
+    weight, scale = draw(320, 384)
+    expected = reference_fp8.linear_fp8(x, weight, scale, has_ue8m0_scales=False)
+    numbers = fused.quantize_groups(x)
+    others = (gemm.Tile(64, 64, 2, 4, False, True, 2), gemm.Tile(128, 128, 2, 8, False, False, 1, num_unrolled=2))
+    for tile in (*(tile for _, tile in gemm.PLAIN_TILES), gemm.PLAIN_WIDE_TILE, *others):
+        out = gemm.fp8_grouped_gemm(*numbers, weight[None], scale[None], None, torch.float32, tile=tile)
+        assert_close(out, expected)
+
+
+def test_few_tiles_split_the_inputs(gemm: ModuleType) -> None:
+    tile = gemm.PLAIN_TILES[0][1]
+    assert gemm.choose_num_splits(tile, torch.Size((1, 7168)), 4096, 264) == 8
+    assert gemm.choose_num_splits(tile, torch.Size((1, 1536)), 24576, 264) == 1
+    assert gemm.choose_num_splits(tile, torch.Size((1, 640)), 128, 264) == 1
+    assert gemm.choose_num_splits(tile, torch.Size((1, 2304)), 128, 264) == 4
+    assert gemm.choose_num_splits(tile, torch.Size((1, 3840)), 128, 264) == 6  # of 5 blocks: 7 would leave one empty
+
+
+# Rows of each expert: none at all, one, few, a tile and one more; 8 rows behind the last are nobody's.
+COUNTS = (
+    ((3, 0, 1, 17, 0, 33), (0, 0, 0), (130, 2))
+    if IS_INTERPRETED
+    else ((3, 0, 1, 129, 300, 0), (30, 20, 40), (0, 0, 0), (3, 1, 0, 0, 9, 16), (700, 0, 650, 0, 0, 1))
+)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+    torch.manual_seed(len(counts))
+    hidden_size, width = (144, 128) if IS_INTERPRETED else (7168, 2048)
+    gate_up, down = draw(len(counts), 2 * width, hidden_size), draw(len(counts), hidden_size, width)
+    num_tokens = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    real = sum(counts)
+    x = draw_rows(real + 8, hidden_size, dtype)
+    x[real:] = float("nan")
+    out = fused.grouped_mlp_fp8(x, *gate_up, *down, num_tokens, has_ue8m0_scales=True)[:real]
+    expected = reference_fp8.grouped_mlp_fp8(x, *gate_up, *down, num_tokens, has_ue8m0_scales=True)[:real]
+    assert out.isfinite().all()
+    # Another order of sums now and then moves a hidden number by one step of e4m3.
+    assert not real or (out.float() - expected.float()).norm() <= 5e-3 * expected.float().norm()
+
+
+@pytest.mark.parametrize("has_ue8m0_scales", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_rows_are_quantised_where_they_are_made(
+    gemm: ModuleType, fused: ModuleType, dtype: torch.dtype, has_ue8m0_scales: bool
+) -> None:
+    torch.manual_seed(4)
+    counts = torch.tensor((5, 0, 21), dtype=torch.int32, device=DEVICE)
+    weights = draw(3, 512, 128)
+    x = fused.quantize_groups(draw_rows(26, 128, dtype))
+    for tile in (gemm.GATED_TILES[0][1], gemm.GATED_WIDE_TILE):
+        hidden = gemm.fp8_grouped_gemm(*x, *weights, counts, dtype, is_gated=True, tile=tile)
+        actual = gemm.fp8_grouped_gate_up(*x, *weights, counts, dtype, has_ue8m0_scales=has_ue8m0_scales, tile=tile)
+        assert_quantized(actual, reference_fp8.quantize_groups(hidden, has_ue8m0_scales=has_ue8m0_scales))
