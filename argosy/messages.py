@@ -46,16 +46,18 @@ class AdmittedRequest(msgspec.Struct, frozen=True):
 class ScheduledBatch(msgspec.Struct):
     """One step's plan for one replica. Parallel lists, one entry per scheduled row, decodes first.
 
-    A row is *sampled* in this step when ``num_computed_tokens + num_scheduled_tokens`` equals the tokens known for it.
+    A row is *sampled* in this step when ``num_computed_tokens + num_scheduled_tokens`` equals the tokens it has, the
+    one that a step in flight samples included.
     """
 
     step: int
     rows: list[int] = []
-    num_computed_tokens: list[int] = []  # before this step
+    num_computed_tokens: list[int] = []  # once the steps before this one are done
     num_scheduled_tokens: list[int] = []
     admitted: list[AdmittedRequest] = []  # rows that (re)start in this step
     new_block_ids: list[tuple[int, list[int]]] = []  # (row, blocks to append to its block table)
     num_tokens: int = 0  # sum of num_scheduled_tokens
+    num_in_flight: int = 0  # steps started before this one whose tokens the scheduler did not know yet
 
     @property
     def is_empty(self) -> bool:

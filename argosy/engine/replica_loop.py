@@ -1,11 +1,13 @@
 """The step loop of a replica's leader: commands in, schedule, agree, execute, report; and its sleep.
 
-A step has two halves, ``propose`` and ``carry_out``, with the agreement of all leaders between them. Sockets, tensors
-and the other ranks are behind ``StepExecutor`` and ``report``, so a test can run many leaders in one thread.
-Invariant: a leader sleeps only after an agreement that nobody has work, so all leaders sleep before the same step; and
-only ``Wake``, which all of them get, ends the sleep. No leader can wait alone in a collective.
+A step has two halves, ``propose`` and ``carry_out``, with the agreement of all leaders between them. With asynchronous
+scheduling, what it made is asked for only after the next one has started. Sockets, tensors and the other ranks are
+behind ``StepExecutor`` and ``report``, so a test can run many leaders in one thread. Invariant: a leader sleeps only
+after an agreement that nobody has work, so all leaders sleep before the same step, and with nothing in flight; only
+``Wake``, which all of them get, ends the sleep. No leader can wait alone in a collective.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -33,7 +35,10 @@ from argosy.messages import ScheduledBatch, StepOutput, TokenDelta
 class StepExecutor(Protocol):
     """All ranks of the replica."""
 
-    def execute(self, batch: ScheduledBatch, agreement: StepAgreement) -> StepOutput: ...
+    def start(self, batch: ScheduledBatch, agreement: StepAgreement) -> None: ...
+
+    def finish(self) -> StepOutput:
+        """Of the oldest step that was started and not finished."""
 
     def execute_dummy(self, agreement: StepAgreement) -> None: ...
 
@@ -76,6 +81,7 @@ class ReplicaLoop:
         self._coordinator = coordinator
         self._report = report
         self._batch: ScheduledBatch | None = None  # proposed, not carried out yet
+        self._in_flight: deque[ScheduledBatch] = deque()  # started, oldest first
 
     def receive(self, command: Command) -> None:
         """Between steps, in the order of arrival.
@@ -104,24 +110,32 @@ class ReplicaLoop:
         """Schedule the next step. ``carry_out`` must follow before any command."""
         assert not self.is_asleep and self._batch is None
         self._batch = self.scheduler.schedule()
+        if self._batch.is_empty and self._in_flight:
+            self._finish_oldest()  # nothing can be planned before it is known
+            self._batch = self.scheduler.schedule()
         return StepProposal(self.step, self._batch.num_tokens)
 
     def carry_out(self, agreement: StepAgreement) -> None:
-        """Execute the step that all leaders agreed on, or fall asleep."""
+        """Start the step that all leaders agreed on, and finish the one before; or fall asleep."""
         assert self._batch is not None and agreement.step == self.step
         batch, self._batch = self._batch, None
         self.step += 1
-        if batch.is_empty:
-            deltas = self.scheduler.drain()
-            if agreement.has_work:
-                self._executor.execute_dummy(agreement)
-                self.num_dummy_steps += 1
+        if not batch.is_empty:
+            self._executor.start(batch, agreement)
+            self._in_flight.append(batch)
+            if len(self._in_flight) == self.scheduler.max_steps_in_flight:
+                self._finish_oldest()
+            return
+        self._report_deltas(self.scheduler.drain())
+        if agreement.has_work:
+            self._executor.execute_dummy(agreement)
+            self.num_dummy_steps += 1
         else:
-            deltas = self.scheduler.update(batch, self._executor.execute(batch, agreement))
-        self._report_deltas(deltas)
-        if not agreement.has_work:
             self.is_asleep = True
             self._report(Idle(self.step))
+
+    def _finish_oldest(self) -> None:
+        self._report_deltas(self.scheduler.update(self._in_flight.popleft(), self._executor.finish()))
 
     def _report_deltas(self, deltas: list[TokenDelta]) -> None:
         if deltas:
@@ -137,6 +151,8 @@ class ReplicaLoop:
         assert self.is_asleep, "settings may change only while all leaders sleep, or they would agree on two policies"
         if settings.max_num_batched_tokens is not None:
             self.scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
+        if settings.async_scheduling is not None:
+            self.scheduler.async_scheduling = settings.async_scheduling
         ll_max = settings.ll_max_tokens_per_rank
         self.policy = ExchangePolicy(
             ep_mode=settings.ep_mode or self.policy.ep_mode,

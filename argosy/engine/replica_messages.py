@@ -48,6 +48,7 @@ class UpdateSettings(msgspec.Struct, frozen=True, tag=True):
     ep_mode: EPMode | None = None
     ll_max_tokens_per_rank: int | None = None
     max_num_batched_tokens: int | None = None
+    async_scheduling: bool | None = None
 
 
 class CollectStats(msgspec.Struct, frozen=True, tag=True):

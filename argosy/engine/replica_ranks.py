@@ -1,10 +1,11 @@
 """The ranks of one replica as one executor: the leader sends each step's plan to the others, and all execute it.
 
-Every rank samples the same tokens from the same logits, so no result travels back. Nothing is scheduled here.
-Invariant: a plan is sent before the leader starts to execute it, and the others execute plans in the order sent, so all
-ranks of a replica enter the same collectives in the same order.
+Every rank samples the same tokens from the same logits, so no result travels back. Nothing is scheduled here; how many
+steps may be in flight follows from the plans. Invariant: a plan is sent before the leader starts to execute it, and the
+others execute plans in the order sent, so all ranks of a replica enter the same collectives in the same order.
 """
 
+from collections import deque
 from collections.abc import Callable
 
 from argosy.distributed.dp_coord import StepAgreement
@@ -12,7 +13,7 @@ from argosy.distributed.ep_types import ExchangePlan
 from argosy.engine.meeting_points import PlanHub, PlanSpoke
 from argosy.engine.replica_messages import CollectStats, RankStats, Shutdown, StepPlan
 from argosy.messages import ScheduledBatch, StepOutput
-from argosy.runner.model_runner import ModelRunner
+from argosy.runner.model_runner import ModelRunner, StepInFlight
 
 STATS_TIMEOUT_S = 30.0
 
@@ -27,10 +28,14 @@ class ReplicaRanks:
         self._hub = hub
         self._followers = followers
         self._count_stats = count_stats
+        self._in_flight: deque[StepInFlight] = deque()
 
-    def execute(self, batch: ScheduledBatch, agreement: StepAgreement) -> StepOutput:
+    def start(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         self._hub.send_to_all(self._followers, StepPlan(agreement, batch))
-        return self._runner.execute(batch, _exchange_plan(agreement))
+        self._in_flight.append(self._runner.start(batch, _exchange_plan(agreement)))
+
+    def finish(self) -> StepOutput:
+        return self._runner.finish(self._in_flight.popleft())
 
     def execute_dummy(self, agreement: StepAgreement) -> None:
         self._hub.send_to_all(self._followers, StepPlan(agreement))
@@ -53,6 +58,7 @@ class ReplicaRanks:
 
 def follow_leader(spoke: PlanSpoke, runner: ModelRunner, count_stats: Callable[[], RankStats]) -> None:
     """What a rank that does not lead does until it is told to end."""
+    in_flight: deque[StepInFlight] = deque()
     while True:
         for message in spoke.receive(waits=True):
             match message:
@@ -60,7 +66,9 @@ def follow_leader(spoke: PlanSpoke, runner: ModelRunner, count_stats: Callable[[
                     runner.execute_dummy(_exchange_plan(agreement))
                 case StepPlan(agreement, batch):
                     assert batch is not None
-                    runner.execute(batch, _exchange_plan(agreement))
+                    while len(in_flight) > batch.num_in_flight:  # the leader knew the others' tokens: so must we
+                        runner.finish(in_flight.popleft())
+                    in_flight.append(runner.start(batch, _exchange_plan(agreement)))
                 case CollectStats():
                     spoke.send(count_stats())
                 case Shutdown():

@@ -1,7 +1,8 @@
 """One generation, as the scheduler sees it: its tokens, how far they are computed, and what it holds while it runs.
 
 It schedules nothing: what it holds is written by the scheduler alone. Text and times are the output processor's.
-Invariant: ``num_computed_tokens < num_tokens`` while unfinished, so there is always a next token to sample.
+Invariant: ``num_computed_tokens < num_tokens`` while unfinished and in no step in flight, so there is always a next
+token to sample.
 """
 
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class Request:
         "num_slots",
         "priority",
         "request_id",
+        "reserve_at",
         "row",
         "sampling_params",
         "status",
@@ -91,7 +93,7 @@ class Request:
         self.status = RequestStatus.WAITING
         self.arrival = -1  # order of add(), kept through preemptions
         self.max_total_tokens = 0  # prompt + output may not grow past this; known once added
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = 0  # by now or by a step in flight: where the next step goes on
         self.num_cached_tokens = 0  # found by prefix match when first admitted
         self.draft_token_ids: list[int] = []  # proposals that the next step verifies
         self.row = NO_ROW
@@ -99,7 +101,8 @@ class Request:
         self.num_slots = 0  # tokens that block_ids can hold
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids, as far as they were needed
         self.num_published_blocks = 0  # leading blocks that the block manager may hand to others
-        self.check_at = 0  # num_computed_tokens from which update() must look closer: a full block, or the length limit
+        self.reserve_at = 0  # num_computed_tokens from which schedule() must look closer: no slot, or the length limit
+        self.check_at = 0  # computed tokens from which update() must look closer: a full block, or the length limit
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -139,6 +142,20 @@ class Request:
         max_output_tokens = self.sampling_params.max_tokens or max_model_len
         self.max_total_tokens = min(self.num_prompt_tokens + max_output_tokens, max_model_len)
 
+    def set_num_slots(self, block_size: int) -> None:
+        """After a change of ``block_ids``."""
+        self.num_slots = len(self.block_ids) * block_size
+        self.reserve_at = min(self.num_slots, self.max_total_tokens - 1)
+
+    def set_check(self, block_size: int) -> None:
+        """After a change of ``num_published_blocks``."""
+        self.check_at = min((self.num_published_blocks + 1) * block_size, self.max_total_tokens - 1)
+
+    def must_wait(self) -> bool:
+        """Whether the step in flight ends the request by length, or verifies drafts, which decide where to go on."""
+        is_last = self.num_computed_tokens + 1 >= self.max_total_tokens
+        return is_last or (bool(self.draft_token_ids) and self.num_computed_tokens >= self.num_tokens)
+
     def find_end(self) -> tuple[FinishReason | None, int | None]:
         """Whether the last token ends the request, and which of ``stop_token_ids`` did (None for end-of-sequence).
 
@@ -164,6 +181,14 @@ class Request:
             self.block_ids.copy(),
             self.sampling_params,
         )
+
+    def check_integrity(self, block_size: int) -> None:
+        """Assert what holds of an unfinished request at any moment. For tests."""
+        assert self.num_tokens <= self.max_total_tokens, repr(self)
+        assert self.num_computed_tokens <= min(self.num_slots, self.max_total_tokens - 1), repr(self)
+        assert self.num_slots == len(self.block_ids) * block_size, repr(self)
+        is_running = self.status is RequestStatus.RUNNING
+        assert is_running or (self.row == NO_ROW and not self.block_ids), repr(self)
 
     def __repr__(self) -> str:
         return (

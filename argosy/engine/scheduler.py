@@ -2,8 +2,9 @@
 
 One rule: give each request up to ``num_tokens + num_draft_tokens - num_computed_tokens`` tokens within the token
 budget, running requests first, then waiting ones. Decode, prefill, chunked prefill and verify are that rule with
-different numbers. "Older" means earlier by (priority, arrival), and both queues are in that order. Invariant: a request
-takes blocks only from younger ones, so the oldest running request gets at least one token in every step.
+different numbers; a token that a step in flight samples counts, though nobody knows it yet. "Older" means earlier by
+(priority, arrival), and both queues are in that order. Invariant: a request takes blocks only from younger ones, so
+with nothing in flight the oldest running request gets at least one token.
 """
 
 import heapq
@@ -11,6 +12,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from argosy.cache.block_manager import BlockManager
+from argosy.engine.planned_step import PlannedStep, check_order
 from argosy.engine.request import NO_ROW, Request, RequestStatus, check_fits_cache
 from argosy.engine.waiting_queue import WaitingQueue
 from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta, TokenLogprobs
@@ -19,14 +21,24 @@ Logprobs = list[TokenLogprobs] | None  # of one request's new tokens; None unles
 
 
 class Scheduler:
-    """Continuous batching over one cache. The loop is ``schedule -> execute -> update``, one step at a time.
+    """Continuous batching over one cache. The loop is ``schedule -> execute -> update``.
+
+    With ``async_scheduling`` a step may be scheduled before the ``update`` of the one before it: a decode goes on
+    behind the token in flight, unless the length limit ends the request there. If that token turns out to be an end,
+    what the second step makes of the request is dropped.
 
     ``add``, ``abort`` and ``finish_request`` may be called at any moment, also between ``schedule`` and ``update``: the
-    blocks and the row of a request that ends while a step is in flight are kept until ``update`` or ``cancel_step``.
+    blocks and the row of a request that ends while steps are in flight are kept until ``update`` or ``cancel_steps``.
     """
 
     def __init__(
-        self, block_manager: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        async_scheduling: bool = False,
     ) -> None:
         if min(max_num_seqs, max_num_batched_tokens, max_model_len) < 1:
             raise ValueError(
@@ -37,6 +49,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.async_scheduling = async_scheduling
         self.running: list[Request] = []
         self.num_steps = 0  # statistics: they only grow
         self.num_scheduled_tokens = 0
@@ -48,9 +61,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))  # a heap: the smallest row is given first
         self._ended_deltas: list[TokenDelta] = []  # aborts that the next update or drain reports
         self._is_out_of_blocks = False  # a running request wanted more blocks than were free in this step
-        self._in_flight: list[Request] = []  # parallel to the rows of the batch being executed
-        self._num_plain_decodes = 0  # leading entries of _in_flight that compute their last known token and no draft
-        self._held: list[Request] = []  # ended while in flight: the step may still write their blocks
+        self._steps: list[PlannedStep] = []  # in flight, oldest first
 
     @property
     def num_waiting(self) -> int:
@@ -59,6 +70,10 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self.running)
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        return 2 if self.async_scheduling else 1
 
     def has_unfinished(self) -> bool:
         """Also True while the end of an aborted request waits to be reported."""
@@ -82,7 +97,7 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request now. The next ``update`` or ``drain`` reports it with ``FinishReason.ABORT`` and no tokens.
 
-        Returns False for an id that is unknown or has finished.
+        False for an id that is unknown or has finished.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -105,8 +120,8 @@ class Scheduler:
             self._waiting.forget_finished()
             return True
         self.running.remove(request)
-        if self._in_flight:
-            self._held.append(request)
+        if self._steps:
+            self._steps[-1].held.append(request)
         else:
             self._release(request)
         return True
@@ -119,88 +134,90 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Plan the next step. Order of rows: decodes of one token, then decodes that verify drafts, then prefills.
 
-        The batch is empty if and only if no request is unfinished; an empty one starts no step and needs no ``update``.
+        An empty batch starts no step and needs no ``update``. It is empty if no request is unfinished, and, only while
+        a step is in flight, if nothing can be planned before that step is known.
         """
-        assert not self._in_flight, "schedule() before the update() of the step in flight"
-        batch = ScheduledBatch(self.num_steps)
+        steps = self._steps
+        assert len(steps) < self.max_steps_in_flight, f"schedule() before the update() of step {steps[0].batch.step}"
+        batch = ScheduledBatch(self.num_steps, num_in_flight=len(steps))
+        step = PlannedStep(batch)
         self._is_out_of_blocks = False
-        others, token_budget = self._schedule_running(batch)
-        self._num_plain_decodes = len(self._in_flight)
+        others, token_budget = self._schedule_running(step)
+        step.num_plain_decodes = len(step.requests)
         if token_budget > 0 and not self._is_out_of_blocks:
             token_budget = self._admit_waiting(batch, others, token_budget)
         if others:
             others.sort(key=_is_prefill)  # stable: within each kind, older first
             for request, num_new_tokens in others:
-                self._in_flight.append(request)
-                batch.rows.append(request.row)
-                batch.num_computed_tokens.append(request.num_computed_tokens)
-                batch.num_scheduled_tokens.append(num_new_tokens)
-        if self._in_flight:
+                step.add(request, num_new_tokens)
+        if step.requests:
             batch.num_tokens = self.max_num_batched_tokens - token_budget
             self.num_scheduled_tokens += batch.num_tokens
             self.num_steps += 1
+            steps.append(step)
         return batch
 
     def update(self, batch: ScheduledBatch, output: StepOutput) -> list[TokenDelta]:
-        """Apply a step: append tokens, publish computed blocks, end what has ended.
+        """Apply the oldest step in flight: append tokens, publish computed blocks, end what has ended.
 
-        One delta for each request that got tokens, after those for requests aborted since the last report. Lists of
-        ``output`` are passed on in the deltas, not copied.
+        A delta for each request that got tokens, after those of aborted ones; it keeps the lists of ``output``.
         """
         sampled = output.sampled_token_ids
         logprobs: Sequence[Logprobs] = output.logprobs or [None] * len(batch.rows)
         assert len(sampled) == len(logprobs) == len(batch.rows), f"{len(sampled)} outputs for {len(batch.rows)} rows"
-        in_flight = self._take_in_flight(batch)
+        step = self._steps[0] if self._steps else PlannedStep(ScheduledBatch(-1))
+        assert step.batch.step == batch.step, f"update() of step {batch.step} instead of step {step.batch.step}"
         deltas, self._ended_deltas = self._ended_deltas, []
-        num_plain_decodes = self._num_plain_decodes
-        self._apply_plain_decodes(in_flight[:num_plain_decodes], sampled, logprobs, deltas)
-        for i in range(num_plain_decodes, len(in_flight)):
-            if in_flight[i].status is RequestStatus.RUNNING:
-                delta = self._apply_any(in_flight[i], batch.num_scheduled_tokens[i], sampled[i], logprobs[i])
+        self._apply_plain_decodes(step.requests[: step.num_plain_decodes], sampled, logprobs, deltas)
+        for i in range(step.num_plain_decodes, len(step.requests)):
+            if step.requests[i].status is RequestStatus.RUNNING:
+                num_done = batch.num_computed_tokens[i] + batch.num_scheduled_tokens[i]
+                delta = self._apply_any(step.requests[i], num_done, sampled[i], logprobs[i])
                 if delta is not None:
                     deltas.append(delta)
-        self._release_held()
+        self._release_held(self._steps.pop(0))
         if len(self._requests) < len(self.running) + len(self._waiting):  # some that ran have ended
             self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
         return deltas
 
-    def cancel_step(self, batch: ScheduledBatch) -> None:
-        """Forget a step that failed or was interrupted: its requests start over, with the tokens they have."""
-        for request in self._take_in_flight(batch):
+    def cancel_steps(self) -> None:
+        """Forget all steps in flight, one of which failed: everybody who runs starts over, with the tokens it has."""
+        running, self.running = self.running, []
+        for request in running:
             if request.status is RequestStatus.RUNNING:
-                self.running.remove(request)
                 self._preempt(request)
-        self._release_held()
+        while self._steps:
+            self._release_held(self._steps.pop())
 
     def check_integrity(self) -> None:
         """Assert the invariants. For tests: linear in everything."""
-        holders = [*self.running, *self._held]
+        holders = [*self.running, *(request for step in self._steps for request in step.held)]
         self.block_manager.check_integrity([request.block_ids for request in holders])
         rows = [request.row for request in holders]
         assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs)), f"{rows} taken, {self._free_rows} free"
         ages = [request.age() for request in self.running]
         assert ages == sorted(ages), f"running is not in order: {ages}"
         assert all(request.status is RequestStatus.RUNNING for request in self.running), "running holds a stranger"
-        assert self._in_flight or not self._held, "blocks are held for a step that is not in flight"
+        check_order(self._steps, self.running)
         assert len(self._requests) == len(self.running) + len(self._waiting), "a request is in no queue or in two"
         for request in self._requests.values():
-            assert request.num_computed_tokens < request.num_tokens <= request.max_total_tokens, repr(request)
-            assert request.num_computed_tokens <= request.num_slots, repr(request)
-            assert request.num_slots == len(request.block_ids) * self.block_manager.block_size, repr(request)
-            is_running = request.status is RequestStatus.RUNNING
-            assert is_running or (request.row == NO_ROW and not request.block_ids), repr(request)
+            request.check_integrity(self.block_manager.block_size)
 
-    def _schedule_running(self, batch: ScheduledBatch) -> tuple[list[tuple[Request, int]], int]:
-        """Append plain decodes to the batch; return the other requests with their tokens, and the budget left."""
-        rows, computed, in_flight = batch.rows, batch.num_computed_tokens, self._in_flight
+    def _schedule_running(self, step: PlannedStep) -> tuple[list[tuple[Request, int]], int]:
+        """Append plain decodes to the step; return the other requests with their tokens, and the budget left."""
+        batch = step.batch
+        rows, computed, requests = batch.rows, batch.num_computed_tokens, step.requests
         others: list[tuple[Request, int]] = []
         token_budget = self.max_num_batched_tokens
         for request in self.running:  # NOTE(order): _reserve_slots may pop requests behind this one
             if token_budget == 0:
                 break
             num_computed = request.num_computed_tokens
-            is_decode = num_computed + 1 == len(request.all_token_ids)
-            if not is_decode or num_computed == request.num_slots or request.draft_token_ids:
+            num_done = num_computed + 1
+            is_decode = num_done >= len(request.all_token_ids)  # of the last known token, or of the one in flight
+            if not is_decode or num_computed >= request.reserve_at or request.draft_token_ids:
+                if request.must_wait():
+                    continue
                 num_new_tokens = self._reserve_slots(request, token_budget, batch)
                 if num_new_tokens == 0:
                     break
@@ -211,7 +228,8 @@ class Scheduler:
             token_budget -= 1
             rows.append(request.row)
             computed.append(num_computed)
-            in_flight.append(request)
+            requests.append(request)
+            request.num_computed_tokens = num_done
         batch.num_scheduled_tokens = [1] * len(rows)
         return others, token_budget
 
@@ -222,7 +240,8 @@ class Scheduler:
         fits; with nothing free it sits the step out and keeps its blocks until an older request needs them.
         """
         manager = self.block_manager
-        num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
+        num_computed = request.num_computed_tokens
+        num_tokens = max(request.num_tokens, num_computed + 1)  # with the one in flight
         num_drafts = min(len(request.draft_token_ids), request.max_total_tokens - 1 - num_tokens)
         num_new_tokens = min(num_tokens + num_drafts - num_computed, token_budget)
         num_held = len(request.block_ids)
@@ -236,11 +255,12 @@ class Scheduler:
             if num_missing > manager.num_free_blocks:
                 num_missing = manager.num_free_blocks
                 num_new_tokens = (num_held + num_missing) * manager.block_size - num_computed
-                assert num_new_tokens > 0 or request is not self.running[0], "the oldest request cannot progress"
+                is_stuck = num_new_tokens == 0 and request is self.running[0] and not self._steps
+                assert not is_stuck, "the oldest request cannot progress"
         if num_missing > 0:
             block_ids = manager.allocate(num_missing)
             request.block_ids += block_ids
-            request.num_slots += num_missing * manager.block_size
+            request.set_num_slots(manager.block_size)
             batch.new_block_ids.append((request.row, block_ids))
         if request.draft_token_ids:
             del request.draft_token_ids[max(0, num_computed + num_new_tokens - num_tokens) :]
@@ -270,7 +290,7 @@ class Scheduler:
         manager.acquire(matched)
         num_missing = manager.num_blocks_for(num_computed + num_new_tokens) - len(matched)
         request.block_ids = matched + manager.allocate(num_missing)
-        request.num_slots = len(request.block_ids) * manager.block_size
+        request.set_num_slots(manager.block_size)
         request.num_computed_tokens = num_computed
         request.num_published_blocks = len(matched)
         if request.status is RequestStatus.WAITING:  # after a preemption, its own tokens are no saving to report
@@ -278,7 +298,7 @@ class Scheduler:
         self.num_cached_tokens += num_computed
         request.row = heapq.heappop(self._free_rows)
         request.status = RequestStatus.RUNNING
-        self._set_check(request)
+        request.set_check(manager.block_size)
         insort(self.running, request, key=Request.age)
 
     def _preempt(self, request: Request) -> None:
@@ -305,25 +325,23 @@ class Scheduler:
                 deltas.append(self._append_tokens(request, new_token_ids, new_logprobs))
                 continue
             all_token_ids.append(token_id)
-            request.num_computed_tokens = num_computed
             deltas.append(
                 TokenDelta(request.request_id, new_token_ids, None, None, new_logprobs, request.num_cached_tokens)
             )
 
     def _apply_any(
-        self, request: Request, num_scheduled: int, new_token_ids: list[int], new_logprobs: Logprobs
+        self, request: Request, num_done: int, new_token_ids: list[int], new_logprobs: Logprobs
     ) -> TokenDelta | None:
+        """``num_done``: tokens that are computed now, drafts included."""
         num_drafts = len(request.draft_token_ids)
-        num_computed = request.num_computed_tokens + num_scheduled - num_drafts
+        num_computed = num_done - num_drafts
         is_sampled = num_computed == request.num_tokens
         assert is_sampled <= len(new_token_ids) <= is_sampled * (1 + num_drafts), (
-            f"{len(new_token_ids)} tokens for {request!r} after {num_scheduled} more with {num_drafts} drafts"
+            f"{len(new_token_ids)} tokens for {request!r} after {num_computed} known and {num_drafts} drafts"
         )
         if is_sampled:
-            request.draft_token_ids = []
             return self._append_tokens(request, new_token_ids, new_logprobs)
-        request.num_computed_tokens = num_computed
-        self._publish_computed_blocks(request)
+        self._publish_computed_blocks(request, num_computed)
         return None
 
     def _append_tokens(self, request: Request, new_token_ids: list[int], new_logprobs: Logprobs) -> TokenDelta:
@@ -339,39 +357,33 @@ class Scheduler:
                 new_token_ids = new_token_ids[:count]
                 new_logprobs = new_logprobs and new_logprobs[:count]
                 break
-        request.num_computed_tokens = request.num_tokens - 1
-        self._publish_computed_blocks(request)
+        if request.draft_token_ids:
+            request.draft_token_ids = []
+            request.num_computed_tokens = request.num_tokens - 1  # nothing is planned behind drafts
+        self._publish_computed_blocks(request, request.num_tokens - 1)
         if finish_reason is not None:
             request.status = RequestStatus.finished(finish_reason)
             del self._requests[request.request_id]
-            self._release(request)
-        return TokenDelta(
-            request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, request.num_cached_tokens
-        )
+            if request.num_computed_tokens < request.num_tokens:
+                self._release(request)
+            else:
+                self._steps[-1].held.append(request)  # it computes the token that has just ended the request
+        num_cached = request.num_cached_tokens
+        return TokenDelta(request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, num_cached)
 
-    def _publish_computed_blocks(self, request: Request) -> None:
+    def _publish_computed_blocks(self, request: Request, num_computed: int) -> None:
+        """``num_computed``: tokens that are known and whose step is done."""
         manager = self.block_manager
-        num_full = request.num_computed_tokens // manager.block_size
+        num_full = num_computed // manager.block_size
         if num_full > request.num_published_blocks:
             manager.extend_block_hashes(request.block_hashes, request.all_token_ids, request.cache_salt)
             manager.publish(request.block_ids, request.block_hashes, request.num_published_blocks, num_full)
             request.num_published_blocks = num_full
-            self._set_check(request)
+            request.set_check(manager.block_size)
 
-    def _set_check(self, request: Request) -> None:
-        next_full = (request.num_published_blocks + 1) * self.block_manager.block_size
-        request.check_at = min(next_full, request.max_total_tokens - 1)
-
-    def _take_in_flight(self, batch: ScheduledBatch) -> list[Request]:
-        assert batch.is_empty or batch.step == self.num_steps - 1, f"step {batch.step} after step {self.num_steps - 1}"
-        assert len(batch.rows) == len(self._in_flight), f"step {batch.step} is not in flight"
-        in_flight, self._in_flight = self._in_flight, []
-        return in_flight
-
-    def _release_held(self) -> None:
-        for request in self._held:
-            self._release(request)
-        self._held = []
+    def _release_held(self, step: PlannedStep) -> None:
+        while step.held:
+            self._release(step.held.pop())
 
     def _release(self, request: Request) -> None:
         """Give back blocks and row."""

@@ -14,6 +14,7 @@ from argosy.kernels import RotaryTable
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
 from argosy.messages import ScheduledBatch
 from argosy.runner.row_table import RowTable
+from argosy.runner.transfer import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,21 @@ class BuiltBatch:
     forward: ForwardBatch
     sampled: np.ndarray  # [number of sampled rows] int64: indices into ScheduledBatch.rows, ascending
     sampled_rows: np.ndarray  # the rows themselves
+    device_rows: torch.Tensor  # the same on the device
 
 
 class BatchBuilder:
-    """Holds what every batch needs: the row table, the rotation angles, the device."""
+    """Holds what every batch needs: the row table, the rotation angles, the device.
+
+    ``last_token_ids``: [max_num_seqs] int64 on the device, the token sampled last in each row. A batch takes from there
+    what the row table does not know yet.
+    """
 
     def __init__(self, row_table: RowTable, rotary: RotaryTable, device: torch.device) -> None:
         self._table = row_table
         self._rotary = rotary
         self._device = device
+        self.last_token_ids = torch.zeros(len(row_table.num_tokens), dtype=torch.int64, device=device)
 
     def build(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> BuiltBatch:
         """NOTE(sync): copies from the host; nothing is read back."""
@@ -44,16 +51,23 @@ class BatchBuilder:
         entry = np.repeat(np.arange(len(rows)), scheduled)  # [T]: which entry of the plan each token belongs to
         positions = np.arange(batch.num_tokens) - np.repeat(ends - scheduled - computed, scheduled)
         sampled = np.flatnonzero(seq_lens == self._table.num_tokens[rows])
+        late = np.flatnonzero(seq_lens > self._table.num_known_tokens[rows])  # their last token is not known yet
         position_tensor = self._to_device(positions)
+        input_ids = self._to_device(self._table.token_ids[rows[entry], positions].astype(np.int64))
+        late_tokens, late_rows, device_rows = self._to_device(
+            np.concatenate((ends[late] - 1, rows[late], rows[sampled]))
+        ).split((len(late), len(late), len(sampled)))
+        if late.size:
+            input_ids[late_tokens] = self.last_token_ids[late_rows]
         forward = ForwardBatch(
-            input_ids=self._to_device(self._table.token_ids[rows[entry], positions].astype(np.int64)),
+            input_ids=input_ids,
             positions=position_tensor,
             rotary=self._rotary.at(position_tensor),
             attention=self._build_attention(rows, computed, scheduled, seq_lens, self._slots(rows[entry], positions)),
             logits_indices=self._to_device(ends[sampled] - 1),
             exchange=exchange,
         )
-        return BuiltBatch(forward, sampled, rows[sampled])
+        return BuiltBatch(forward, sampled, rows[sampled], device_rows)
 
     def build_dummy(self, exchange: ExchangePlan) -> ForwardBatch:
         """One token of nobody, at position 0: it attends to the null block and writes no slot."""
@@ -103,4 +117,4 @@ class BatchBuilder:
         )
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        return send(array, self._device)

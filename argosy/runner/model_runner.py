@@ -1,10 +1,12 @@
-"""Executes a scheduled batch on this rank: tables -> tensors -> forward pass -> sampled tokens.
+"""Executes scheduled batches on this rank: tables -> tensors -> forward pass -> sampled tokens.
 
-It owns the model, the cache and the row table; it decides nothing about requests. Invariant: after ``execute`` the row
-table holds every token that was returned.
+It owns the model, the cache and the row table; it decides nothing about requests. A step has two halves: ``start``
+gives the device its work, ``finish`` waits for the tokens. Another step may be started between the two: what the host
+does not know, it takes from the device. Invariant: after ``finish`` the row table knows every token that was returned.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,11 +14,35 @@ import torch
 from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
 from argosy.kernels import RotaryTable
+from argosy.layers.forward_batch import ForwardBatch
 from argosy.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from argosy.models.deepseek.model import DeepseekV32Model
+from argosy.platforms import HostCopy, Platform
 from argosy.runner.batch_builder import BatchBuilder, BuiltBatch
+from argosy.runner.graph_runner import GraphRunner
+from argosy.runner.logprobs import SampledLogprobs
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """The sampled tokens of a step, on their way to the host."""
+
+    sampled: np.ndarray  # entries of the plan, ascending
+    rows: np.ndarray  # of the row table, parallel to them
+    positions: np.ndarray  # of the tokens in their rows
+    token_ids: HostCopy
+    logprobs: SampledLogprobs | None
+    logprob_copies: tuple[HostCopy, HostCopy] | None  # of its ids and values
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that the device has been given, between ``start`` and ``finish``."""
+
+    num_rows: int  # of the plan
+    tokens: PendingTokens | None  # None: nothing is sampled
 
 
 class ModelRunner:
@@ -31,49 +57,80 @@ class ModelRunner:
         sampler: Sampler,
         row_table: RowTable,
         eos_token_ids: Sequence[int],
+        platform: Platform,
         device: torch.device,
     ) -> None:
         self.model = model
         self.cache = cache
         self.rotary = rotary
+        self.graphs: GraphRunner | None = None  # recordings of decode steps, made once the runner is there
         self._sampler = sampler
         self._table = row_table
         self._eos_token_ids = tuple(eos_token_ids)
+        self._platform = platform
         self._builder = BatchBuilder(row_table, rotary, device)
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> StepOutput:
-        """One step. Collective over the replica and, with ``execute_dummy``, over ep.
+        """One step alone: ``start`` and ``finish``."""
+        return self.finish(self.start(batch, exchange))
 
-        Every rank of the replica gets the same plan and returns the same tokens. NOTE(sync): ends with the sampled ids
-        on the host.
+    @torch.inference_mode()
+    def start(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> StepInFlight:
+        """Give the device a step. At most one other may be in flight. Collective over the replica and, with
+        ``execute_dummy``, over ep.
+
+        Every rank of the replica gets the same plan and samples the same tokens.
         """
         self._table.apply(batch)
         for request in batch.admitted:
             self._sampler.admit(request.row, request, self._eos_token_ids)
         built = self._builder.build(batch, exchange)
-        hidden_states = self.model(built.forward, self.cache)
+        hidden_states = self._forward(built.forward)
         if not built.sampled.size:
-            return StepOutput(sampled_token_ids=[[]] * len(batch.rows))
+            return StepInFlight(len(batch.rows), None)
         logits = self.model.compute_logits(self.model.take_rows(hidden_states, built.forward))
-        return self._sample(batch, built, logits)
+        return StepInFlight(len(batch.rows), self._sample(built, logits))
+
+    def finish(self, step: StepInFlight) -> StepOutput:
+        """What the step made. Steps are finished in the order in which they were started. NOTE(sync): waits for it."""
+        tokens = step.tokens
+        if tokens is None:
+            return StepOutput(sampled_token_ids=[[]] * step.num_rows)
+        token_ids = tokens.token_ids.wait().numpy()
+        self._table.learn(tokens.rows, tokens.positions, token_ids)
+        logprobs = None
+        if tokens.logprobs is not None and tokens.logprob_copies is not None:
+            read = tokens.logprobs.read(*(copy.wait() for copy in tokens.logprob_copies))
+            logprobs = _spread(step.num_rows, tokens.sampled, [[] if entry is None else [entry] for entry in read])
+        sampled_token_ids = token_ids[:, None].tolist()
+        if len(tokens.sampled) < step.num_rows:
+            sampled_token_ids = _spread(step.num_rows, tokens.sampled, sampled_token_ids)
+        return StepOutput(sampled_token_ids=sampled_token_ids, logprobs=logprobs)
 
     @torch.inference_mode()
     def execute_dummy(self, exchange: ExchangePlan) -> None:
-        """Takes part in the others' step with one token of nobody. Collective as ``execute``."""
+        """Takes part in the others' step with one token of nobody. Collective as ``start``."""
         self.model(self._builder.build_dummy(exchange), self.cache)
 
-    def _sample(self, batch: ScheduledBatch, built: BuiltBatch, logits: torch.Tensor) -> StepOutput:
-        sampled = self._sampler.sample(logits, built.sampled_rows, self._table)
-        token_ids = sampled.token_ids.cpu().numpy()  # NOTE(sync): the step's result
-        self._table.append_one_token_each(built.sampled_rows, token_ids)
-        logprobs = None
-        if sampled.logprobs is not None:
-            logprobs = _spread(len(batch.rows), built.sampled, [[] if p is None else [p] for p in sampled.logprobs])
-        if len(built.sampled) == len(batch.rows):
-            return StepOutput(sampled_token_ids=token_ids[:, None].tolist(), logprobs=logprobs)
-        spread = _spread(len(batch.rows), built.sampled, token_ids[:, None].tolist())
-        return StepOutput(sampled_token_ids=spread, logprobs=logprobs)
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self.graphs.run(batch)
+        hidden_states: torch.Tensor = self.model(batch, self.cache)
+        return hidden_states
+
+    def _sample(self, built: BuiltBatch, logits: torch.Tensor) -> PendingTokens:
+        last_token_ids = self._builder.last_token_ids
+        sampled = self._sampler.sample(logits, built.sampled_rows, self._table, last_token_ids)
+        last_token_ids[built.device_rows] = sampled.token_ids
+        copy, logprobs = self._platform.start_copy_to_host, sampled.logprobs
+        return PendingTokens(
+            sampled=built.sampled,
+            rows=built.sampled_rows,
+            positions=self._table.count_sampled(built.sampled_rows),
+            token_ids=copy(sampled.token_ids),
+            logprobs=logprobs,
+            logprob_copies=None if logprobs is None else (copy(logprobs.ids), copy(logprobs.values)),
+        )
 
 
 def _spread(

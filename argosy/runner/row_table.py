@@ -1,13 +1,15 @@
 """The runner's memory of the requests that run: token ids and block tables by row.
 
 A row is the small integer the scheduler gives a request (``argosy/messages.py``). This table follows the scheduler's
-plan and the sampled tokens; it decides nothing. Invariant: ``token_ids[row, :num_tokens[row]]`` are all tokens known
-of the request in that row.
+plan and the sampled tokens; it decides nothing. Invariant: ``token_ids[row, :num_known_tokens[row]]`` are the tokens of
+the request in that row; one more is counted in ``num_tokens`` while a step in flight samples it.
 """
 
 import numpy as np
 
 from argosy.messages import AdmittedRequest, ScheduledBatch
+
+UNKNOWN_TOKEN_ID = -1  # until ``learn``; no embedding has such a row, so reading it fails loudly
 
 
 class RowTable:
@@ -18,6 +20,7 @@ class RowTable:
         self.block_size = block_size
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_known_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.block_table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
@@ -29,20 +32,22 @@ class RowTable:
         for row, block_ids in batch.new_block_ids:
             self._append_blocks(row, block_ids)
 
-    def append_tokens(self, row: int, token_ids: list[int]) -> None:
-        start = self.num_tokens[row]
-        self.token_ids[row, start : start + len(token_ids)] = token_ids
-        self.num_tokens[row] = start + len(token_ids)
-
-    def append_one_token_each(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """One new token for every row, without a loop."""
-        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+    def count_sampled(self, rows: np.ndarray) -> np.ndarray:
+        """Each row gets one more token, which is not known yet; where ``learn`` will put it."""
+        positions = self.num_tokens[rows]
+        self.token_ids[rows, positions] = UNKNOWN_TOKEN_ID
         self.num_tokens[rows] += 1
+        return positions
+
+    def learn(self, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray) -> None:
+        """The tokens that ``count_sampled`` announced, step by step in its order."""
+        self.token_ids[rows, positions] = token_ids
+        self.num_known_tokens[rows] = positions + 1
 
     def _admit(self, request: AdmittedRequest) -> None:
-        row = request.row
-        self.num_tokens[row] = 0
-        self.append_tokens(row, request.token_ids)
+        row, num_tokens = request.row, len(request.token_ids)
+        self.token_ids[row, :num_tokens] = request.token_ids
+        self.num_tokens[row] = self.num_known_tokens[row] = num_tokens
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self._num_blocks[row] = 0
         self._append_blocks(row, request.block_ids)

@@ -16,9 +16,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from argosy.messages import AdmittedRequest, TokenLogprobs
+from argosy.messages import AdmittedRequest
 from argosy.runner import sampling_ops
+from argosy.runner.logprobs import SampledLogprobs
 from argosy.runner.random_stream import key_from_request, key_from_seed, uniforms
+from argosy.runner.transfer import send
 from argosy.sampling_params import SamplingParams
 
 # Below this, float32 cannot tell a temperature from 0: the likeliest token has all the mass either way.
@@ -37,6 +39,9 @@ class TokenHistory(Protocol):
     def num_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
 
     @property
+    def num_known_tokens(self) -> np.ndarray: ...  # [max_num_seqs]: num_tokens, or 1 less where the last is missing
+
+    @property
     def num_prompt_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
 
 
@@ -45,7 +50,7 @@ class SampledTokens:
     """One token per sampled row."""
 
     token_ids: torch.Tensor  # [N] int64, on the device of the logits
-    logprobs: list[TokenLogprobs | None] | None  # None where a row did not ask; None at all if no row did
+    logprobs: SampledLogprobs | None  # on the device too; None if no row asked
 
 
 class _Needs(enum.IntFlag):
@@ -119,15 +124,18 @@ class Sampler:
         self._stop_ids[row] = np.array([i for i in sorted(stop_ids) if i < self._num_valid_tokens], dtype=np.int64)
         self._needs[row] = _find_needs(params, cuts_top_k=bool(self._top_k[row] < self._num_valid_tokens))
 
-    def sample(self, logits: torch.Tensor, rows: np.ndarray, history: TokenHistory) -> SampledTokens:
+    def sample(
+        self, logits: torch.Tensor, rows: np.ndarray, history: TokenHistory, last_token_ids: torch.Tensor | None = None
+    ) -> SampledTokens:
         """One token for every line of ``logits``.
 
         Args:
             logits: [N, vocab_size], any float dtype; not changed.
             rows: [N] integers, the row of each line.
-            history: the tokens known of each row *before* this step; their number is the position in the random stream.
+            history: the tokens of each row *before* this step; their number is the position in the random stream.
+            last_token_ids: [max_num_seqs] int64 on the device: the last token of rows of which ``history`` lacks it.
 
-        Host arrays are copied to the device; nothing is read back unless a row asked for logprobs.
+        Host arrays are copied to the device; nothing is read back.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows), self._vocab_size)
         scores = logits[:, : self._num_valid_tokens]  # the padded rows are cut off rather than masked: no copy
@@ -136,7 +144,7 @@ class Sampler:
         if not needs:
             return SampledTokens(sampling_ops.argmax(scores), None)
         raw = scores.float()
-        adjusted = self._adjust(raw, rows, line_needs, history)
+        adjusted = self._adjust(raw, rows, line_needs, history, last_token_ids)
         token_ids = sampling_ops.argmax(adjusted)
         if needs & _Needs.DRAW:
             self._draw_into(token_ids, adjusted, rows, line_needs, history)
@@ -151,7 +159,12 @@ class Sampler:
         )
 
     def _adjust(
-        self, raw: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray, history: TokenHistory
+        self,
+        raw: torch.Tensor,
+        rows: np.ndarray,
+        line_needs: np.ndarray,
+        history: TokenHistory,
+        last_token_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Bias, min_tokens mask and penalties on a copy; ``raw`` itself if no row needs them."""
         num_output_tokens = history.num_tokens[rows] - history.num_prompt_tokens[rows]
@@ -170,10 +183,12 @@ class Sampler:
             scores[self._send(lines), self._send(token_ids)] = -torch.inf
         if penalised.size:
             lines_index = self._send(penalised)
-            scores[lines_index] = self._penalize(scores[lines_index], rows[penalised], history)
+            scores[lines_index] = self._penalize(scores[lines_index], rows[penalised], history, last_token_ids)
         return scores
 
-    def _penalize(self, scores: torch.Tensor, rows: np.ndarray, history: TokenHistory) -> torch.Tensor:
+    def _penalize(
+        self, scores: torch.Tensor, rows: np.ndarray, history: TokenHistory, last_token_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         """Counts are made anew from the history, O(its length): exact after any preemption, with no state to keep."""
         num_tokens, num_prompt_tokens = history.num_tokens[rows, None], history.num_prompt_tokens[rows, None]
         position = np.arange(num_tokens.max())
@@ -181,10 +196,16 @@ class Sampler:
         token_ids = np.minimum(history.token_ids[rows, : len(position)].astype(np.int64), padding)  # [M, longest]
         token_ids[position >= num_tokens] = padding
         output_ids = np.where(position >= num_prompt_tokens, token_ids, padding)
+        histories = self._send(np.stack((token_ids, output_ids)))  # [2, M, longest]
+        late = np.flatnonzero(history.num_known_tokens[rows] < num_tokens[:, 0])
+        if late.size:
+            assert last_token_ids is not None
+            lines, last, late_rows = self._send(np.stack((late, num_tokens[late, 0] - 1, rows[late])))
+            histories[:, lines, last] = last_token_ids[late_rows]  # an output token, so it counts in both
         return sampling_ops.penalize(
             scores,
-            sampling_ops.count_tokens(self._send(token_ids), padding),
-            sampling_ops.count_tokens(self._send(output_ids), padding),
+            sampling_ops.count_tokens(histories[0], padding),
+            sampling_ops.count_tokens(histories[1], padding),
             repetition=self._send(self._repetition[rows, None]),
             frequency=self._send(self._frequency[rows, None]),
             presence=self._send(self._presence[rows, None]),
@@ -224,31 +245,24 @@ class Sampler:
 
     def _logprobs(
         self, raw: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray
-    ) -> list[TokenLogprobs | None]:
+    ) -> SampledLogprobs:
         """Of the model's own distribution, before bias, penalties and temperature, over the valid tokens."""
         lines = np.flatnonzero(line_needs & _Needs.LOGPROBS)
         num_top = np.minimum(self._num_logprobs[rows[lines]], self._num_valid_tokens)
         index = self._send(lines)
-        values, chosen = raw[index].log_softmax(dim=1), token_ids[index]  # [M, V], [M]
+        values, chosen = raw[index].log_softmax(dim=1), token_ids[index][:, None]  # [M, V], [M, 1]
         top = sampling_ops.rank_tokens(values, int(num_top.max()))  # [M, largest num_top]
-        # NOTE(sync): five small reads, only in steps where a row asked for logprobs.
-        columns = zip(
-            lines.tolist(),
-            num_top.tolist(),
-            chosen.tolist(),
-            values.gather(1, chosen[:, None]).squeeze(1).tolist(),
-            sampling_ops.rank_of(values, chosen).tolist(),
-            top.tolist(),
-            values.gather(1, top).tolist(),
-            strict=True,
+        rank = sampling_ops.rank_of(values, chosen[:, 0])[:, None]
+        return SampledLogprobs(
+            num_lines=len(rows),
+            lines=lines,
+            num_top=num_top,
+            ids=torch.cat((chosen, rank, top), dim=1),
+            values=values.gather(1, torch.cat((chosen, top), dim=1)),
         )
-        result: list[TokenLogprobs | None] = [None] * len(rows)
-        for line, num, token_id, logprob, rank, top_ids, top_values in columns:
-            result[line] = TokenLogprobs(token_id, logprob, rank, top_ids[:num], top_values[:num])
-        return result
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return send(array, self._device)
 
 
 def _find_needs(params: SamplingParams, *, cuts_top_k: bool) -> int:

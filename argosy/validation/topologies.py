@@ -52,11 +52,13 @@ class Way:
     ep_mode: EPMode
     is_chunked: bool
     is_balanced: bool
+    is_async: bool = False  # the next step is planned while one runs
 
     @property
     def name(self) -> str:
         prefill = "chunked" if self.is_chunked else "whole"
-        return f"{self.ep_mode}, {prefill}, {'balanced' if self.is_balanced else 'all on one replica'}"
+        share = "balanced" if self.is_balanced else "all on one replica"
+        return f"{self.ep_mode}, {prefill}, {share}{', async' if self.is_async else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +118,9 @@ def compare_topologies(
         ValueError: a topology that this model or this machine cannot have.
         RuntimeError: a deployment that failed.
     """
-    config = dataclasses.replace(number_format.config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False)
+    config = dataclasses.replace(
+        number_format.config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False, async_scheduling=False
+    )
     expected: list[CompletionOutput] | None = None
     for topology in topologies if Topology(1, 1) in topologies else (Topology(1, 1), *topologies):
         started_s = time.monotonic()
@@ -135,10 +139,14 @@ def _with_topology(config: EngineConfig, topology: Topology) -> EngineConfig:
 
 
 def _ways(topology: Topology) -> list[Way]:
-    """One rank exchanges nothing, so it has one mode; one replica has nothing to balance."""
+    """One rank exchanges nothing, so it has one mode; one replica has nothing to balance.
+
+    Asynchronous scheduling runs once a mode, where it meets the most: chunks, and replicas that end at different times.
+    """
     modes: tuple[EPMode, ...] = EP_MODES if topology.num_ranks > 1 else ("auto",)
     balances = (True, False) if topology.dp_size > 1 else (True,)
-    return [Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in balances]
+    ways = [Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in balances]
+    return ways + [Way(mode, is_chunked=True, is_balanced=True, is_async=True) for mode in modes]
 
 
 def _compare(
@@ -149,6 +157,7 @@ def _compare(
         ep_mode=way.ep_mode,
         # Low latency by choice, whatever the number of tokens; overflow is impossible by agreement.
         max_num_batched_tokens=CHUNK_TOKENS if way.is_chunked else prompt_tokens,
+        async_scheduling=way.is_async,
     )
     found = _run(llm, workload, None if way.is_balanced else llm.config.dp_size - 1)
     num_equal, difference, gap = 0, 0.0, 0.0

@@ -39,6 +39,11 @@ def _tokens(results: list[Result]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in results if isinstance(output, RequestOutput)]
 
 
+def _ends(results: list[Result]) -> list[tuple[list[int], str | None, int | str | None]]:
+    outputs = [result.outputs[0] for result in results if isinstance(result, RequestOutput)]
+    return [(output.token_ids, output.finish_reason, output.stop_reason) for output in outputs]
+
+
 @pytest.fixture(scope="module")
 def alone(one_rank: LLM) -> list[list[int]]:
     return _tokens(one_rank.generate(_prompts(), GREEDY))
@@ -54,6 +59,29 @@ def test_tokens_are_those_of_one_rank(
     assert llm.config.ep_mode == ep_mode
     results = llm.generate(_prompts(), GREEDY, data_parallel_rank=data_parallel_rank)
     assert _tokens(results) == alone
+
+
+@pytest.mark.parametrize("data_parallel_rank", [None, 1])
+def test_asynchronous_scheduling_changes_no_token(
+    llm: LLM, one_rank: LLM, alone: list[list[int]], data_parallel_rank: int | None
+) -> None:
+    """Ends of every kind, and replicas that fall idle while others go on, twice in a row."""
+    params = [
+        dataclasses.replace(GREEDY, max_tokens=1 + 5 * i, ignore_eos=False, stop_token_ids=tuple(range(0, 3000, 7)))
+        for i in range(4)
+    ]
+    params.append(SamplingParams(temperature=0.0, max_tokens=25, repetition_penalty=1.4, min_tokens=6, logprobs=2))
+    expected = _ends(one_rank.generate(_prompts(), params))
+    assert {end for _, end, _ in expected} == {"length", "stop"}
+    llm.update_settings(ep_mode="auto", max_num_batched_tokens=64, async_scheduling=True)
+    try:
+        for _ in range(2):
+            assert _ends(llm.generate(_prompts(), params, data_parallel_rank=data_parallel_rank)) == expected
+        # A long prompt in the row of a short one, of which the last thing that its ranks did was to start a step.
+        for prompt, tokens in zip(_prompts()[1::3], alone[1::3], strict=True):
+            assert _tokens(llm.generate([prompt], GREEDY, data_parallel_rank=1)) == [tokens]
+    finally:
+        llm.update_settings(async_scheduling=False)
 
 
 def test_seeded_sampling_is_that_of_one_rank(llm: LLM, one_rank: LLM) -> None:

@@ -31,23 +31,31 @@ class FakeRanks:
         self.dp_rank = dp_rank
         self.agreements: list[StepAgreement] = []
         self.is_shut_down = False
+        self.most_in_flight = 0
         self._runner = FakeRunner(BLOCK_SIZE)
         self._salts: dict[str, str | None] = {}
+        self._in_flight: deque[StepOutput] = deque()
 
-    def execute(self, batch: ScheduledBatch, agreement: StepAgreement) -> StepOutput:
+    def start(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
+        assert batch.num_in_flight == len(self._in_flight)
         assert agreement.has_work and agreement.num_tokens[self.dp_rank] == batch.num_tokens
         self.agreements.append(agreement)
         self._salts.update({request.request_id: None for request in batch.admitted})
-        return self._runner.execute(batch, self._salts, {})
+        self._in_flight.append(self._runner.execute(batch, self._salts, {}))
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+
+    def finish(self) -> StepOutput:
+        return self._in_flight.popleft()
 
     def execute_dummy(self, agreement: StepAgreement) -> None:
-        assert agreement.has_work and agreement.num_tokens[self.dp_rank] == 1
+        assert agreement.has_work and agreement.num_tokens[self.dp_rank] == 1 and not self._in_flight
         self.agreements.append(agreement)
 
     def collect_stats(self) -> list[RankStats]:
         return [RankStats(self.dp_rank, {})]
 
     def shut_down(self) -> None:
+        assert not self._in_flight
         self.is_shut_down = True
 
 
@@ -59,10 +67,12 @@ class FakeCoordinator:
 class SimulatedLink:
     """``ReplicaLink`` to leaders that run only while the driver waits, as a random choice has it."""
 
-    def __init__(self, num_replicas: int, rng: random.Random, policy: ExchangePolicy) -> None:
+    def __init__(
+        self, num_replicas: int, rng: random.Random, policy: ExchangePolicy, *, async_scheduling: bool = False
+    ) -> None:
         self.num_replicas = num_replicas
         self.ranks = [FakeRanks(dp_rank) for dp_rank in range(num_replicas)]
-        self.loops = [self._build_loop(dp_rank, policy) for dp_rank in range(num_replicas)]
+        self.loops = [self._build_loop(dp_rank, policy, async_scheduling) for dp_rank in range(num_replicas)]
         self.is_closed_orderly: bool | None = None
         self._rng = rng
         self._commands: list[deque[bytes]] = [deque() for _ in range(num_replicas)]
@@ -89,10 +99,17 @@ class SimulatedLink:
             self._move()
         self.is_closed_orderly = is_orderly
 
-    def _build_loop(self, dp_rank: int, policy: ExchangePolicy) -> ReplicaLoop:
+    def _build_loop(self, dp_rank: int, policy: ExchangePolicy, async_scheduling: bool) -> ReplicaLoop:
         manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True, hash_key=bytes(32))
+        scheduler = Scheduler(
+            manager,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            max_model_len=MAX_MODEL_LEN,
+            async_scheduling=async_scheduling,
+        )
         return ReplicaLoop(
-            Scheduler(manager, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=MAX_MODEL_LEN),
+            scheduler,
             self.ranks[dp_rank],
             policy=policy,
             eos_token_ids=(EOS_TOKEN_ID,),

@@ -3,10 +3,13 @@
 The fake runner keeps a cache of slots as the real one does, writes it through block tables, and stores in each slot
 what keys and values depend on: the salt, and all tokens up to that position. It then verifies a token's whole history
 before computing it, so a wrong prefix hit, a block given out twice or a skipped token fails. Its next token is a
-pure function of all tokens before it. Invariant: what a request receives equals ``generate_alone`` of that request.
+pure function of all tokens before it. Steps are computed in the order in which they are started, as a device does; with
+``is_overlapped`` the scheduler learns what a step made only after the next one has started. Invariant: what a request
+receives equals ``generate_alone`` of that request.
 """
 
 import zlib
+from collections import deque
 from dataclasses import dataclass
 
 from argosy.cache.block_manager import NULL_BLOCK, BlockManager
@@ -114,6 +117,7 @@ class Simulation:
         max_model_len: int = 64,
         enable_prefix_caching: bool = True,
         num_drafts: int = 0,
+        is_overlapped: bool = False,
     ) -> None:
         self.manager = BlockManager(
             num_blocks, block_size, enable_prefix_caching=enable_prefix_caching, hash_key=bytes(range(32))
@@ -123,10 +127,12 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            async_scheduling=is_overlapped,
         )
         self.runner = FakeRunner(block_size)
+        self.in_flight: deque[tuple[ScheduledBatch, StepOutput]] = deque()  # started; the scheduler does not know
         self.num_drafts = num_drafts
-        self.drafts: dict[int, list[int]] = {}  # by row, of the step in flight
+        self.drafts: dict[int, list[int]] = {}  # by row, of the newest step
         self.requests: dict[str, Request] = {}
         self.salts: dict[str, str | None] = {}
         self.received: dict[str, list[int]] = {}
@@ -156,6 +162,7 @@ class Simulation:
         was_running = self.live(RequestStatus.RUNNING)
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        assert batch.num_in_flight == len(self.in_flight)
         self._check_batch(batch)
         self._check_order(batch, was_running)
         self._check_nothing_left_idle(batch, was_running)
@@ -165,26 +172,45 @@ class Simulation:
     def execute(self, batch: ScheduledBatch) -> StepOutput:
         return self.runner.execute(batch, self.salts, self.drafts)
 
-    def complete(self, batch: ScheduledBatch) -> list[TokenDelta]:
-        """Execute and update."""
-        output = self.execute(batch)
-        deltas = self.scheduler.update(batch, output) if not batch.is_empty else self.scheduler.drain()
+    def start(self, batch: ScheduledBatch) -> None:
+        if not batch.is_empty:
+            self.in_flight.append((batch, self.execute(batch)))
+
+    def finish(self) -> list[TokenDelta]:
+        """Update with the oldest step in flight; without one, only what waits to be reported."""
+        deltas = self.scheduler.update(*self.in_flight.popleft()) if self.in_flight else self.scheduler.drain()
         self.scheduler.check_integrity()
         self.collect(deltas)
         for request in self.scheduler.running:
             request.draft_token_ids = self._propose(request)
         return deltas
 
+    def complete(self, batch: ScheduledBatch) -> list[TokenDelta]:
+        """Execute the batch, then update with the oldest step in flight."""
+        self.start(batch)
+        return self.finish()
+
     def step(self) -> list[TokenDelta]:
-        return self.complete(self.schedule())
+        """Start as many steps as may be in flight, then finish one."""
+        while len(self.in_flight) < self.scheduler.max_steps_in_flight:
+            batch = self.schedule()
+            self.start(batch)
+            if batch.is_empty:
+                break
+        return self.finish()
+
+    def cancel(self) -> None:
+        self.in_flight.clear()
+        self.scheduler.cancel_steps()
+        self.scheduler.check_integrity()
 
     def run(self, max_steps: int = 2000) -> None:
         """To the end, then compare every request with the specification."""
         for _ in range(max_steps):
-            if not self.scheduler.has_unfinished():
+            if not (self.scheduler.has_unfinished() or self.in_flight):
                 break
             self.step()
-        assert not self.scheduler.has_unfinished(), f"unfinished after {max_steps} steps"
+        assert not (self.scheduler.has_unfinished() or self.in_flight), f"unfinished after {max_steps} steps"
         assert self.scheduler.schedule().is_empty
         assert self.scheduler.num_waiting == self.scheduler.num_running == 0
         assert self.manager.num_free_blocks == self.manager.num_usable_blocks, "blocks leaked"
@@ -216,16 +242,18 @@ class Simulation:
         assert batch.num_tokens == sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
         assert len(set(batch.rows)) == len(batch.rows) <= scheduler.max_num_seqs
         assert len(scheduler.running) <= scheduler.max_num_seqs
-        assert batch.is_empty == (not self.live(*_UNFINISHED))
+        assert batch.is_empty >= (not self.live(*_UNFINISHED))
+        assert not batch.is_empty or self.in_flight or not self.live(*_UNFINISHED)
         kinds = []
         by_row = {request.row: request for request in scheduler.running}
         for row, computed, scheduled in zip(
             batch.rows, batch.num_computed_tokens, batch.num_scheduled_tokens, strict=True
         ):
             request = by_row[row]
-            assert computed == request.num_computed_tokens
+            assert computed + scheduled == request.num_computed_tokens < request.max_total_tokens
             num_drafts = len(request.draft_token_ids)
-            is_decode = scheduled == 1 + num_drafts and computed + scheduled == request.num_tokens + num_drafts
+            assert computed < request.num_tokens + bool(self.in_flight), "behind a token that nobody samples"
+            is_decode = scheduled == 1 + num_drafts and computed + 1 >= request.num_tokens
             kinds.append(0 if is_decode and not num_drafts else 1 if is_decode else 2)
         assert [kind == 2 for kind in kinds] == sorted(kind == 2 for kind in kinds), f"prefills before decodes: {kinds}"
 
@@ -237,22 +265,24 @@ class Simulation:
         kept = [request for request in was_running if request.status is RequestStatus.RUNNING]
         assert all(keep.age() < victim.age() for keep in kept for victim in preempted), "an older one was preempted"
         assert not (preempted and admitted), "a request was started with blocks taken from another"
-        if kept:
+        if kept and not self.in_flight:
             assert min(kept, key=Request.age).row in batch.rows, "the oldest running request did not progress"
 
     def _check_nothing_left_idle(self, batch: ScheduledBatch, was_running: list[Request]) -> None:
         """The budget is used up, unless nobody wants more, or blocks or rows are short."""
         scheduler, manager = self.scheduler, self.manager
-        scheduled = dict(zip(batch.rows, batch.num_scheduled_tokens, strict=True))
         waiting = self.live(RequestStatus.WAITING, RequestStatus.PREEMPTED)
         was_short = any(request.status is RequestStatus.PREEMPTED for request in was_running)
         if batch.num_tokens == scheduler.max_num_batched_tokens or was_short:
             return
         for request in scheduler.running:
-            missing = request.num_tokens - request.num_computed_tokens - scheduled.get(request.row, 0)
+            missing = request.num_tokens - request.num_computed_tokens
+            if self.in_flight and request.num_computed_tokens + 1 < request.max_total_tokens:
+                missing = max(missing, request.row not in batch.rows and not request.draft_token_ids)
             assert missing <= 0 or manager.num_free_blocks == 0, f"{request!r} could have got {missing} tokens more"
             was_short = was_short or missing > 0
-        if waiting and not was_short and len(scheduler.running) < scheduler.max_num_seqs:
+        num_rows_taken = len({*batch.rows, *(row for earlier, _ in self.in_flight for row in earlier.rows)})
+        if waiting and not was_short and max(len(scheduler.running), num_rows_taken) < scheduler.max_num_seqs:
             oldest = min(waiting, key=Request.age)
             fits = manager.num_blocks_for(oldest.num_tokens) <= manager.num_free_blocks
             given_up_drafts = self.num_drafts > 0  # blocks may have been short for drafts alone
@@ -262,6 +292,8 @@ class Simulation:
         token_ids = list(request.all_token_ids)
         if request.num_computed_tokens + 1 < len(token_ids):
             return []
+        if request.num_computed_tokens >= len(token_ids):
+            return request.draft_token_ids  # in flight
         for _ in range(self.num_drafts):
             is_wrong = (len(token_ids) + request.arrival) % 3 == 0
             token_ids.append((next_token(token_ids) + is_wrong) % VOCAB_SIZE)

@@ -18,8 +18,10 @@ POLICY = ExchangePolicy("auto", 4, 1)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def _build(num_replicas: int, rng: random.Random) -> tuple[ReplicasClient, SimulatedLink]:
-    link = SimulatedLink(num_replicas, rng, POLICY)
+def _build(
+    num_replicas: int, rng: random.Random, async_scheduling: bool = False
+) -> tuple[ReplicasClient, SimulatedLink]:
+    link = SimulatedLink(num_replicas, rng, POLICY, async_scheduling=async_scheduling)
     client = ReplicasClient(link, max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
     return client, link
 
@@ -78,10 +80,12 @@ def _params(index: int) -> SamplingParams:
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=seeds, num_replicas=st.integers(1, 4), num_actions=st.integers(1, 40))
-def test_no_order_of_messages_hangs_or_loses_a_request(seed: int, num_replicas: int, num_actions: int) -> None:
+@given(seed=seeds, num_replicas=st.integers(1, 4), num_actions=st.integers(1, 40), async_scheduling=st.booleans())
+def test_no_order_of_messages_hangs_or_loses_a_request(
+    seed: int, num_replicas: int, num_actions: int, async_scheduling: bool
+) -> None:
     rng = random.Random(seed)
-    client, link = _build(num_replicas, rng)
+    client, link = _build(num_replicas, rng, async_scheduling)
     user = _User(client, rng)
     for _ in range(num_actions):
         user.act(num_replicas)
@@ -93,6 +97,16 @@ def test_no_order_of_messages_hangs_or_loses_a_request(seed: int, num_replicas: 
     client.close()
     assert link.is_closed_orderly and all(ranks.is_shut_down for ranks in link.ranks)
     assert len({loop.step for loop in link.loops}) == 1, "the leaders ended at different steps"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_leader_starts_a_step_before_it_asks_for_the_last_only_if_told_to(async_scheduling: bool) -> None:
+    client, link = _build(2, random.Random(7), async_scheduling)
+    user = _User(client, random.Random(8))
+    for _ in range(3):
+        user.add(0)
+    user.run_to_the_end()
+    assert [ranks.most_in_flight for ranks in link.ranks] == [1 + async_scheduling, 0]
 
 
 @settings(max_examples=60, deadline=None)

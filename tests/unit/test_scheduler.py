@@ -254,7 +254,7 @@ def test_a_preempted_request_reports_no_cached_tokens_of_its_own() -> None:
     simulation = Simulation()
     request = simulation.add(PROMPT, max_tokens=3)
     simulation.step()
-    batch = simulation.schedule()
-    simulation.scheduler.cancel_step(batch)
+    simulation.schedule()
+    simulation.scheduler.cancel_steps()
     assert plan(simulation.schedule()) == [(0, 12, 1)]  # its own blocks save the work
     assert request.num_cached_tokens == 0

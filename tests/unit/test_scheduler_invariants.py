@@ -1,7 +1,8 @@
 """Random traffic against the scheduler: whatever happens, no rule breaks and no token changes.
 
 What is checked at every step is in ``tests/helpers/scheduler_simulation.py``. Here is what happens: arrivals with
-shared prefixes and salts, aborts before, between and inside steps, failed steps, drafts, caches too small for comfort.
+shared prefixes and salts, aborts before, between and inside steps, failed steps, drafts, caches too small for comfort;
+with one step at a time, and with the next step planned while one is in flight.
 """
 
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +37,7 @@ crowds = st.lists(arrivals, min_size=2, max_size=5)
 
 
 @st.composite
-def sizes(draw: st.DrawFn) -> dict[str, int]:
+def sizes(draw: st.DrawFn, is_overlapped: bool | None = None) -> dict[str, int]:
     """A cache with room for one long request and a little more, so that requests compete."""
     block_size = draw(st.sampled_from([2, 4, 1]))
     max_model_len = draw(st.sampled_from([40, 24, 12]))
@@ -49,6 +50,7 @@ def sizes(draw: st.DrawFn) -> dict[str, int]:
         "max_model_len": max_model_len,
         "enable_prefix_caching": draw(st.sampled_from([True, True, False])),
         "num_drafts": draw(st.sampled_from([0, 0, 1, 3])),
+        "is_overlapped": draw(st.booleans()) if is_overlapped is None else is_overlapped,
     }
 
 
@@ -66,13 +68,15 @@ def try_add(simulation: Simulation, arrival: dict[str, object]) -> Request | Non
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    is_overlapped = False
+
     def __init__(self) -> None:
         super().__init__()
         self.simulation = Simulation()
 
-    @initialize(chosen=sizes(), together=crowds)
+    @initialize(chosen=sizes(is_overlapped=False), together=crowds)
     def build(self, chosen: dict[str, int], together: list[dict[str, object]]) -> None:
-        self.simulation = Simulation(**chosen)
+        self.simulation = Simulation(**{**chosen, "is_overlapped": self.is_overlapped})
         self.add(together)
 
     @rule(together=crowds)
@@ -103,9 +107,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch = self.simulation.schedule()
         self._end(pick, False)
         if is_executed:  # some of what it wrote is in the cache, and nobody may rely on it
-            self.simulation.execute(batch)
-        self.simulation.scheduler.cancel_step(batch)
-        self.simulation.scheduler.check_integrity()
+            self.simulation.start(batch)
+        self.simulation.cancel()
 
     def add(self, together: list[dict[str, object]]) -> None:
         for arrival in together:
@@ -128,8 +131,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not simulation.scheduler.abort(name)
 
 
+class OverlappedSchedulerMachine(SchedulerMachine):
+    is_overlapped = True
+
+
 TestRandomTraffic = SchedulerMachine.TestCase
 TestRandomTraffic.settings = settings(SETTINGS, max_examples=120, stateful_step_count=16)
+TestOverlappedTraffic = OverlappedSchedulerMachine.TestCase
+TestOverlappedTraffic.settings = settings(SETTINGS, max_examples=120, stateful_step_count=16)
 
 
 @settings(SETTINGS, max_examples=150)
@@ -142,9 +151,14 @@ def test_everyone_gets_the_tokens_it_would_get_alone(chosen: dict[str, int], tog
 
 
 @settings(SETTINGS, max_examples=60)
-@given(tails=st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9), min_size=3, max_size=6))
-def test_preemption_and_prefix_hits_change_no_token(tails: list[list[int]]) -> None:
-    simulation = Simulation(num_blocks=13, block_size=2, max_num_batched_tokens=9, max_model_len=24)
+@given(
+    tails=st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9), min_size=3, max_size=6),
+    is_overlapped=st.booleans(),
+)
+def test_preemption_and_prefix_hits_change_no_token(tails: list[list[int]], is_overlapped: bool) -> None:
+    simulation = Simulation(
+        num_blocks=13, block_size=2, max_num_batched_tokens=9, max_model_len=24, is_overlapped=is_overlapped
+    )
     for tail in tails:
         simulation.add(STEMS[0][:4] + tail, max_tokens=11)
     simulation.run()

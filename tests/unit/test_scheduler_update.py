@@ -111,8 +111,8 @@ def test_a_preempted_request_forgets_its_drafts() -> None:
     request = simulation.add(PROMPT[:3])
     simulation.step()
     request.draft_token_ids = [1, 1]
-    batch = simulation.schedule()
-    simulation.scheduler.cancel_step(batch)
+    simulation.schedule()
+    simulation.scheduler.cancel_steps()
     assert plan(simulation.schedule()) == [(0, 0, 4)]
     assert request.draft_token_ids == []
 
@@ -136,7 +136,7 @@ def test_output_for_the_wrong_step_or_rows_is_refused() -> None:
         simulation.scheduler.schedule()
     with pytest.raises(AssertionError, match="0 outputs for 1 rows"):
         simulation.scheduler.update(batch, StepOutput([]))
-    with pytest.raises(AssertionError, match="step 7 after step 0"):
+    with pytest.raises(AssertionError, match="step 7 instead of step 0"):
         simulation.scheduler.update(ScheduledBatch(7, rows=[0]), StepOutput([[]]))
     with pytest.raises(AssertionError, match="1 tokens for"):
         simulation.scheduler.update(batch, StepOutput([[3]]))  # a chunk that ends inside the prompt samples nothing
@@ -212,8 +212,8 @@ def test_requests_of_a_failed_step_start_over_with_their_tokens() -> None:
     request = simulation.add(PROMPT[:6])
     simulation.step()
     tokens = request.all_token_ids.copy()
-    batch = simulation.schedule()
-    simulation.scheduler.cancel_step(batch)
+    simulation.schedule()
+    simulation.scheduler.cancel_steps()
     assert (request.status, request.num_computed_tokens) == (RequestStatus.PREEMPTED, 0)
     assert simulation.schedule().admitted[0].token_ids == tokens
 
