@@ -41,6 +41,8 @@ class EngineConfig:
     num_blocks: int | None = None  # cache blocks; None = as many as the memory settings allow
     kv_cache_memory_bytes: int | None = None  # cache size; None = measured on accelerators, up to 1 GiB on a CPU
     device_memory_utilization: float = 0.9  # share of an accelerator's memory that weights + cache + workspace may take
+    async_scheduling: bool | None = None  # plan the next step while one runs; None = on accelerators
+    enforce_eager: bool = False  # no device graphs: every kernel of a decode step is launched by the host
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt prefixes
     num_threads: int | None = None  # CPU threads of each rank; None = torch's choice, shared among a node's ranks
     tp_size: int = field(default=1, metadata={"aliases": ("--tp",)})  # ranks that share each layer of a replica

@@ -79,7 +79,7 @@ class BenchReport(msgspec.Struct, frozen=True):
 def run_bench(options: BenchOptions, invocation: Invocation) -> int:
     config = invocation.engine_config
     _check_fits(options, config)
-    llm = invocation.build_llm(config)
+    llm = invocation.load_llm(config)
     bench = _Bench(llm, options, random.Random(config.seed))
     agreement = bench.measure_agreement()
     threshold = _required_agreement(llm, config)

@@ -33,7 +33,7 @@ class ChatOptions:
 
 def run_chat(options: ChatOptions, invocation: Invocation) -> int:
     terminal = invocation.terminal
-    llm = invocation.build_llm(invocation.engine_config)
+    llm = invocation.load_llm()
     conversation = Conversation(llm, invocation.sampling_params, system=options.system, thinking=options.thinking)
     if terminal.stdin.isatty():
         terminal.say(HELP_LINE)

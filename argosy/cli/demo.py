@@ -39,7 +39,7 @@ class DemoOptions:
 def run_demo(options: DemoOptions, invocation: Invocation) -> int:
     terminal = invocation.terminal
     questions = load_questions(None)
-    llm = invocation.build_llm(invocation.engine_config)
+    llm = invocation.load_llm()
     print(f"{invocation.engine_config.model}, {llm.number_format} on {llm.device_name}\n", file=terminal.stdout)
     params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
     _warm_up(llm)

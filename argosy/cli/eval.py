@@ -73,7 +73,7 @@ def run_eval(options: EvalOptions, invocation: Invocation) -> int:
     questions = load_questions(options.questions)[: options.max_questions]
     sampling_params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
     check_writable("--output", options.output)
-    llm = invocation.build_llm(invocation.engine_config)
+    llm = invocation.load_llm()
     with open_for_writing("--output", options.output or os.devnull) as stream:
         writer = OrderedLineWriter(stream)
         try:

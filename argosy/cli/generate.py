@@ -52,14 +52,14 @@ def run_generate(options: GenerateOptions, invocation: Invocation) -> int:
     if not prompt_lines:
         raise ValueError(f"--input {options.input} has no lines; give at least one, {{'prompt': ...}}, say")
     check_writable("--output", options.output)
-    llm = invocation.build_llm(invocation.engine_config)
+    llm = invocation.load_llm()
     with _open_output(options.output, invocation.terminal) as stream:
         batch = _LineBatch(prompt_lines, OrderedLineWriter(stream))
         return _complete_lines(batch, llm, options, invocation.terminal)
 
 
 def _print_completion(prompt_text: str, options: GenerateOptions, invocation: Invocation) -> int:
-    llm = invocation.build_llm(invocation.engine_config)
+    llm = invocation.load_llm()
     line = PromptLine(text=prompt_text, sampling_params=invocation.sampling_params)
     prompt = _prepare_prompt(line, llm, chat=options.chat)
     for _, result in llm.generate_as_finished([prompt], [line.sampling_params]):

@@ -6,7 +6,7 @@ Exit codes are here because every command shares them. Invariant: a command retu
 
 from dataclasses import dataclass
 
-from argosy.cli.language_model import BuildLanguageModel
+from argosy.cli.language_model import BuildLanguageModel, LanguageModel
 from argosy.cli.terminal import Terminal
 from argosy.config import EngineConfig
 from argosy.sampling_params import SamplingParams
@@ -31,3 +31,10 @@ class Invocation:
     terminal: Terminal
     build_llm: BuildLanguageModel
     arguments: tuple[str, ...] = ()  # as typed, for reports that name their command
+
+    def load_llm(self, config: EngineConfig | None = None) -> LanguageModel:
+        """Of ``config``, or of the settings as given; says what its memory is spent on. Raises as ``build_llm``."""
+        llm = self.build_llm(config or self.engine_config)
+        for line in llm.memory_report:
+            self.terminal.say(line)
+        return llm

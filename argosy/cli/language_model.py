@@ -38,6 +38,10 @@ class LanguageModel(Protocol):
     def device_name(self) -> str:
         """What the hardware calls itself."""
 
+    @property
+    def memory_report(self) -> tuple[str, ...]:
+        """Lines for people; none where the memory is the host's."""
+
     def encode_chat(
         self, messages: Sequence[Message], *, thinking: bool = False, tools: Sequence[Message] | None = None
     ) -> list[int]:
@@ -59,8 +63,8 @@ BuildLanguageModel = Callable[[EngineConfig], LanguageModel]
 HostRanks = Callable[[EngineConfig], None]
 
 
-def build_llm(config: EngineConfig) -> LanguageModel:
-    """Loads the model.
+def build_llm(config: EngineConfig, on_progress: Callable[[str, int, int], None] | None = None) -> LanguageModel:
+    """Loads the model. ``on_progress``: a stage of the start, how much of it is done, and of how much.
 
     Raises:
         ValueError: settings or a checkpoint that cannot work.
@@ -68,7 +72,7 @@ def build_llm(config: EngineConfig) -> LanguageModel:
     # Imported here: it brings torch, and no other command line answer should wait for that.
     from argosy.engine.generation import LLM
 
-    return LLM.from_config(config)
+    return LLM.from_config(config, on_progress)
 
 
 def host_ranks(config: EngineConfig) -> None:

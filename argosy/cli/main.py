@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from types import FrameType, MappingProxyType
 from typing import Annotated, Any, NoReturn
@@ -34,10 +34,10 @@ from argosy.cli.invocation import (
     Invocation,
     Terminated,
 )
-from argosy.cli.language_model import BuildLanguageModel, HostRanks, build_llm, host_ranks
+from argosy.cli.language_model import BuildLanguageModel, HostRanks, LanguageModel, build_llm, host_ranks
 from argosy.cli.load_plan import LoadPlanOptions, run_load_plan
 from argosy.cli.quantize import QuantizeOptions, run_quantize
-from argosy.cli.terminal import Terminal, system_terminal
+from argosy.cli.terminal import Terminal, show_stages, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
 from argosy.config import EngineConfig
 from argosy.sampling_params import SamplingParams
@@ -116,12 +116,13 @@ def run_program() -> int:
 def main(
     arguments: Sequence[str],
     *,
-    build_llm: BuildLanguageModel = build_llm,
+    build_llm: BuildLanguageModel | None = None,
     host_ranks: HostRanks = host_ranks,
     terminal: Terminal | None = None,
 ) -> int:
     """The exit code. Flags that cannot be parsed end in ``SystemExit(2)``, as with every Python program."""
     terminal = terminal or system_terminal()
+    build_llm = build_llm or partial(_build_llm, terminal)
     name, parsed = parse_arguments(arguments)
     command, flags = COMMANDS[name], getattr(parsed, name)
     try:
@@ -165,6 +166,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return name, parsed
+
+
+def _build_llm(terminal: Terminal, config: EngineConfig) -> LanguageModel:
+    with show_stages(terminal) as on_progress:
+        return build_llm(config, on_progress)
 
 
 def _host_ranks(invocation: Invocation, host_ranks: HostRanks) -> int:

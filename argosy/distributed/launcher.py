@@ -356,8 +356,8 @@ def _late_signals() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler not in (signal.SIG_IGN, None):
                 signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for late in received:
+            signal.raise_signal(late)
 
 
 @contextlib.contextmanager

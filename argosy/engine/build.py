@@ -8,7 +8,9 @@ read; only the size of the cache is checked after, because what is left for it i
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,26 +23,33 @@ from argosy.distributed.mesh import ParallelMesh
 from argosy.engine.build_rank import (
     DTYPE_NAMES,
     DTYPES,
+    build_graphs,
     build_runner,
     build_scheduler,
     cache_dims,
     check_num_blocks,
     load_model,
     measure_num_blocks,
+    measure_step,
 )
 from argosy.engine.engine_core import EngineCore
+from argosy.engine.memory_use import MemoryUse
 from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.weight_format import choose_quantization
 from argosy.models.deepseek.config import ModelConfig, load_model_config
 from argosy.platforms import Platform, select_platform
-from argosy.quantization.load_progress import ProgressCallback
+from argosy.quantization.load_progress import LoadProgress, ProgressCallback
+from argosy.runner.graph_runner import OnCapture
+from argosy.runner.model_runner import ModelRunner
+
+StartProgress = Callable[[str, int, int], None]  # the stage's name, how much of it is done, and of how much
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
     """What is known before any process is started or any weight is read."""
 
-    config: EngineConfig  # as given, with max_model_len, dtype and quantization filled in
+    config: EngineConfig  # as given, with what was left to the engine filled in, but for num_blocks
     layout: ParallelLayout
     directory: Path
     model_config: ModelConfig
@@ -59,6 +68,7 @@ class BuiltEngine:
     device: torch.device
     core: EngineCore
     load_s: float
+    memory_use: MemoryUse | None  # of an accelerator
 
 
 def resolve_model_directory(model: str) -> Path:
@@ -97,6 +107,7 @@ def prepare(config: EngineConfig) -> Preparation:
         max_model_len=_resolve_max_model_len(config, model_config),
         dtype=_resolve_dtype(config, model_config, platform),
         quantization=choose_quantization(config, directory, platform).kind,
+        async_scheduling=_resolve_async_scheduling(config, platform),
     )
     return Preparation(
         config=resolved,
@@ -108,8 +119,10 @@ def prepare(config: EngineConfig) -> Preparation:
     )
 
 
-def build_engine(config: EngineConfig | Preparation, *, on_progress: ProgressCallback | None = None) -> BuiltEngine:
+def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgress | None = None) -> BuiltEngine:
     """Load the model and set up the engine in this process.
+
+    ``on_progress``: told of each stage of the start that takes long, again and again.
 
     Raises:
         ValueError: the settings or the checkpoint cannot work, or ask for more than one rank; the message names
@@ -127,13 +140,17 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: ProgressCal
     device, dtype = prepared.platform.device(0), DTYPES[config.dtype]
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    on_load, on_capture = _split_progress(on_progress)
     model = load_model(
-        config, prepared.directory, model_config, ParallelMesh.local(), prepared.platform, device, on_progress
+        config, prepared.directory, model_config, ParallelMesh.local(), prepared.platform, device, on_load
     )
-    num_blocks = measure_num_blocks(config, model_config, dtype, prepared.platform, 1)
+    workspace_bytes = measure_step(config, model_config, model, prepared.platform, device)
+    num_blocks = measure_num_blocks(config, model_config, dtype, prepared.platform, 1, workspace_bytes)
     check_num_blocks(config, num_blocks)
     config = dataclasses.replace(config, num_blocks=num_blocks)
-    runner = build_runner(config, model_config, model, prepared.tokenizer.vocab_size, device)
+    runner = build_runner(config, model_config, model, prepared.tokenizer.vocab_size, prepared.platform, device)
+    free_bytes = prepared.platform.memory_info().free_bytes
+    runner.graphs = build_graphs(config, model_config, runner, prepared.platform, on_capture)
     return BuiltEngine(
         config=config,
         model_config=model_config,
@@ -142,6 +159,36 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: ProgressCal
         device=device,
         core=EngineCore(build_scheduler(config), runner),
         load_s=time.monotonic() - started_s,
+        memory_use=_describe_memory(config, runner, prepared.platform, free_bytes, workspace_bytes),
+    )
+
+
+def _split_progress(on_progress: StartProgress | None) -> tuple[ProgressCallback | None, OnCapture | None]:
+    if on_progress is None:
+        return None, None
+
+    def on_load(progress: LoadProgress) -> None:
+        on_progress("loading weights", progress.num_tensors, progress.total_tensors)
+
+    return on_load, partial(on_progress, "recording device graphs")
+
+
+def _describe_memory(
+    config: EngineConfig, runner: ModelRunner, platform: Platform, free_before_graphs: int, workspace_bytes: int
+) -> MemoryUse | None:
+    if platform.device_type == "cpu":
+        return None
+    memory = platform.memory_info()
+    cache = runner.cache
+    return MemoryUse(
+        total=memory.total_bytes,
+        weights=sum(parameter.nbytes for parameter in runner.model.parameters()),
+        cache=cache.num_bytes,
+        num_cache_tokens=(cache.num_blocks - 1) * config.block_size,
+        graphs=max(0, free_before_graphs - memory.free_bytes),
+        num_graphs=runner.graphs.num_graphs if runner.graphs is not None else 0,
+        workspace=workspace_bytes,
+        free=memory.free_bytes,
     )
 
 
@@ -165,6 +212,11 @@ def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, platform: Pl
             f"config.json: torch_dtype {model_config.torch_dtype!r} is not one of {', '.join(DTYPES)}; set --dtype"
         )
     return DTYPE_NAMES[platform.default_dtype(DTYPES[model_config.torch_dtype])]
+
+
+def _resolve_async_scheduling(config: EngineConfig, platform: Platform) -> bool:
+    """On a CPU nothing overlaps: its work is done when a step has been started."""
+    return platform.device_type != "cpu" if config.async_scheduling is None else config.async_scheduling
 
 
 def _model_sizes(model_config: ModelConfig) -> ModelSizes:

@@ -25,14 +25,17 @@ from argosy.quantization.checkpoint_format import CheckpointQuantization
 from argosy.quantization.dummy_weights import fill_with_dummy_weights
 from argosy.quantization.load_progress import ProgressCallback
 from argosy.quantization.weight_loader import load_weights
+from argosy.runner.graph_runner import GraphRunner, OnCapture, graph_batch_sizes, graph_lengths
 from argosy.runner.model_runner import ModelRunner
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
+from argosy.runner.workspace import StepSizes, measure_workspace
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_NAMES: dict[torch.dtype, DTypeName] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _CPU_CACHE_BYTES = 2**30  # the most that is taken unasked by a rank on a CPU
-_WORKSPACE_BYTES = 2**30  # left free on an accelerator for activations
+WORKSPACE_BYTES = 2**31  # left free on an accelerator for a step, where it was not measured
+_GRAPH_BYTES = 2**29  # for device graphs, and for what a step takes that the measured one did not
 
 
 def load_model(
@@ -74,9 +77,17 @@ def build_model(
 
 
 def measure_num_blocks(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform, num_local_ranks: int
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    platform: Platform,
+    num_local_ranks: int,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> int:
-    """Blocks of this rank's cache, the null block included: what was asked for, else what fits and can be used."""
+    """Blocks of this rank's cache, the null block included: what was asked for, else what fits and can be used.
+
+    ``workspace_bytes``: what steps and graphs take of an accelerator's memory beside it.
+    """
     if config.num_blocks is not None:
         return config.num_blocks
     # On no device: only its sizes are asked for.
@@ -87,8 +98,56 @@ def measure_num_blocks(
     cache_bytes = config.kv_cache_memory_bytes
     if cache_bytes is None:
         most_useful = config.max_num_seqs * _blocks_per_request(config) + 1
-        cache_bytes = min(_free_cache_bytes(config, platform, num_local_ranks), most_useful * block_bytes)
+        free_bytes = _free_cache_bytes(config, platform, num_local_ranks, workspace_bytes)
+        cache_bytes = min(free_bytes, most_useful * block_bytes)
     return max(cache_bytes, 0) // block_bytes
+
+
+def measure_step(
+    config: EngineConfig, model_config: ModelConfig, model: DeepseekV32Model, platform: Platform, device: torch.device
+) -> int:
+    """Bytes that steps and graphs take beside weights and cache; measured where one rank has an accelerator."""
+    if platform.peak_bytes() is None:
+        return WORKSPACE_BYTES
+    assert config.max_model_len is not None
+    measured = measure_workspace(
+        model,
+        build_cache_format(config.kv_cache_dtype, cache_dims(model_config), DTYPES[config.dtype], device),
+        build_rotary_table(rotary_settings(model_config), device),
+        StepSizes(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+        ),
+        platform,
+        num_layers=model_config.num_hidden_layers,
+    )
+    platform.reset_peak()
+    assert measured is not None
+    return measured + _GRAPH_BYTES
+
+
+def build_graphs(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    runner: ModelRunner,
+    platform: Platform,
+    on_capture: OnCapture | None = None,
+) -> GraphRunner | None:
+    """Recordings of decode steps; None where they were refused, or would not be recordings."""
+    if config.enforce_eager or not platform.records_steps:
+        return None
+    assert config.max_model_len is not None
+    return GraphRunner.capture(
+        runner.model,
+        runner.cache,
+        runner.rotary,
+        platform,
+        batch_sizes=graph_batch_sizes(config.max_num_seqs),
+        lengths=graph_lengths(model_config.index_topk, config.max_model_len),
+        on_capture=on_capture,
+    )
 
 
 def check_num_blocks(config: EngineConfig, num_blocks: int) -> None:
@@ -108,6 +167,7 @@ def build_runner(
     model_config: ModelConfig,
     model: DeepseekV32Model,
     num_valid_tokens: int,
+    platform: Platform,
     device: torch.device,
 ) -> ModelRunner:
     """``config``: with ``max_model_len``, ``num_blocks`` and ``dtype`` filled in."""
@@ -136,12 +196,13 @@ def build_runner(
         sampler=sampler,
         row_table=row_table,
         eos_token_ids=model_config.eos_token_ids,
+        platform=platform,
         device=device,
     )
 
 
 def build_scheduler(config: EngineConfig) -> Scheduler:
-    """``config``: with ``max_model_len`` and ``num_blocks`` filled in."""
+    """``config``: with ``max_model_len``, ``num_blocks`` and ``async_scheduling`` filled in."""
     assert config.num_blocks is not None and config.max_model_len is not None
     block_manager = BlockManager(
         config.num_blocks,
@@ -155,6 +216,7 @@ def build_scheduler(config: EngineConfig) -> Scheduler:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
+        async_scheduling=bool(config.async_scheduling),
     )
 
 
@@ -184,10 +246,10 @@ def _blocks_per_request(config: EngineConfig) -> int:
     return -(-config.max_model_len // config.block_size)
 
 
-def _free_cache_bytes(config: EngineConfig, platform: Platform, num_local_ranks: int) -> int:
+def _free_cache_bytes(config: EngineConfig, platform: Platform, num_local_ranks: int, workspace_bytes: int) -> int:
     """Memory that the cache may take unasked, after the weights are loaded."""
     memory = platform.memory_info()
     if platform.device_type == "cpu":
         return min(_CPU_CACHE_BYTES, memory.free_bytes // 2 // num_local_ranks)
     kept_bytes = int((1.0 - config.device_memory_utilization) * memory.total_bytes)
-    return memory.free_bytes - kept_bytes - _WORKSPACE_BYTES
+    return memory.free_bytes - kept_bytes - workspace_bytes

@@ -17,7 +17,7 @@ from argosy.config import EngineConfig
 from argosy.distributed.launcher import Failure, RankProcesses
 from argosy.distributed.rank_process import LaunchSpec, become_rank
 from argosy.distributed.rendezvous import TorchrunPlace, read_torchrun_environment
-from argosy.engine.build import BuiltEngine, Preparation, build_engine, prepare
+from argosy.engine.build import BuiltEngine, Preparation, StartProgress, build_engine, prepare
 from argosy.engine.engine_client import EngineClient, InProcessClient
 from argosy.engine.fingerprints import build_fingerprints
 from argosy.engine.meeting_points import DriverHub, open_driver_hub
@@ -48,8 +48,10 @@ class RunningEngine:
     start_s: float
 
 
-def deploy(config: EngineConfig) -> RunningEngine:
+def deploy(config: EngineConfig, on_progress: StartProgress | None = None) -> RunningEngine:
     """Start an engine and wait until it can take requests. Under torchrun only rank 0 returns; the others become ranks.
+
+    ``on_progress``: see ``build_engine``; ranks in processes of their own report none.
 
     Raises:
         ValueError: settings, a model or a machine that cannot work, or a node that only hosts.
@@ -65,7 +67,7 @@ def deploy(config: EngineConfig) -> RunningEngine:
     _check_place(config, place)
     prepared = prepare(config)
     if config.world_size == 1:
-        return _adopt(build_engine(prepared), started_s)
+        return _adopt(build_engine(prepared, on_progress=on_progress), started_s)
     return _start_ranks(prepared, place, started_s)
 
 

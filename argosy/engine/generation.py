@@ -27,7 +27,7 @@ from argosy.config import (
     LoadFormat,
     QuantizationName,
 )
-from argosy.engine.build import BuiltEngine
+from argosy.engine.build import BuiltEngine, StartProgress
 from argosy.engine.deployment import RunningEngine, deploy, end_engine
 from argosy.engine.deployment_stats import summarize_stats
 from argosy.engine.dp_load_balancer import check_replica
@@ -70,6 +70,8 @@ class LLM:
         num_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         device_memory_utilization: float = 0.9,
+        async_scheduling: bool | None = None,
+        enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         tp_size: int = 1,
@@ -104,6 +106,8 @@ class LLM:
             num_blocks=num_blocks,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             device_memory_utilization=device_memory_utilization,
+            async_scheduling=async_scheduling,
+            enforce_eager=enforce_eager,
             enable_prefix_caching=enable_prefix_caching,
             num_threads=num_threads,
             tp_size=tp_size,
@@ -124,9 +128,10 @@ class LLM:
         self._adopt(deploy(config))
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> "LLM":
+    def from_config(cls, config: EngineConfig, on_progress: StartProgress | None = None) -> "LLM":
+        """``on_progress(stage, done, total)`` is told of the stages of the start that take long."""
         llm = cls.__new__(cls)
-        llm._adopt(deploy(config))
+        llm._adopt(deploy(config, on_progress))
         return llm
 
     def _adopt(self, running: RunningEngine) -> None:
@@ -191,6 +196,12 @@ class LLM:
         return self._running.device_name
 
     @property
+    def memory_report(self) -> tuple[str, ...]:
+        """Lines for people: what the memory of an accelerator in this process is spent on; none on a CPU."""
+        built = self._running.built
+        return built.memory_use.lines() if built is not None and built.memory_use is not None else ()
+
+    @property
     def built(self) -> BuiltEngine:
         """What an engine in this process consists of.
 
@@ -214,6 +225,7 @@ class LLM:
         ep_mode: EPMode | None = None,
         ll_max_tokens_per_rank: int | None = None,
         max_num_batched_tokens: int | None = None,
+        async_scheduling: bool | None = None,
     ) -> None:
         """Change settings between requests; None leaves one as it is.
 
@@ -221,7 +233,7 @@ class LLM:
             ValueError: a value that cannot work.
             RuntimeError: requests are unfinished, or the engine failed.
         """
-        settings = UpdateSettings(ep_mode, ll_max_tokens_per_rank, max_num_batched_tokens)
+        settings = UpdateSettings(ep_mode, ll_max_tokens_per_rank, max_num_batched_tokens, async_scheduling)
         changes = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
         config = dataclasses.replace(self._settings, **changes)  # checks the values
         self._client.update_settings(settings)

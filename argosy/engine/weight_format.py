@@ -26,7 +26,7 @@ def choose_quantization(config: EngineConfig, directory: Path, platform: Platfor
     kind = resolve_quantization(
         config.quantization,
         stored.kind,
-        has_fp8_compute=is_fp8 and platform.computes_fp8(),
+        has_fp8_compute=is_fp8 and platform.has_fp8_compute,
         is_dummy=config.load_format == "dummy",
     )
     if kind in (stored.kind, "none"):

@@ -44,7 +44,7 @@ from argosy.runner.model_runner import ModelRunner
 class RankSettings(msgspec.Struct, frozen=True):
     """What the launching process tells its ranks."""
 
-    config: EngineConfig  # with max_model_len and dtype filled in
+    config: EngineConfig  # as ``prepare`` returns it
     num_valid_tokens: int  # entries of the tokenizer
     fingerprints: dict[str, str]  # of this node
     num_local_ranks: int
@@ -97,7 +97,7 @@ class RankWorker:
             model = load_model(config, directory, model_config, self._mesh, platform, device)
         with phases.run("cache"):
             self._config = dataclasses.replace(config, num_blocks=self._agree_on_num_blocks(model_config, platform))
-            return build_runner(self._config, model_config, model, self._settings.num_valid_tokens, device)
+            return build_runner(self._config, model_config, model, self._settings.num_valid_tokens, platform, device)
 
     def lead(self, runner: ModelRunner) -> None:
         """The loop of a replica's first rank."""

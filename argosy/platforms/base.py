@@ -1,7 +1,9 @@
 """The questions the engine asks of a device; one subclass a kind of device, chosen once by ``select_platform``."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,6 +14,21 @@ class MemoryInfo:
 
     free_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceGraph:
+    """Recorded work of a device."""
+
+    output: torch.Tensor  # what the recorded run returned; every replay writes it anew
+    replay: Callable[[], None]
+
+
+class HostCopy(Protocol):
+    """A tensor on its way from the device to the host."""
+
+    def wait(self) -> torch.Tensor:
+        """The values, on the host, to be read only. NOTE(sync): waits for what made them, not for what came later."""
 
 
 class Platform(ABC):
@@ -50,8 +67,32 @@ class Platform(ABC):
         """Wait until everything started on the device is done."""
 
     @abstractmethod
-    def computes_fp8(self) -> bool:
-        """Whether matrix units take FP8, so that weights stored in it need no dequantising."""
+    def start_copy_to_host(self, tensor: torch.Tensor) -> HostCopy:
+        """Copy once the work started so far is done; the host goes on. Nobody may write to ``tensor`` afterwards."""
+
+    @property
+    @abstractmethod
+    def records_steps(self) -> bool:
+        """Whether decode steps are worth recording, and have no operation that waits for the host."""
+
+    @abstractmethod
+    def new_graph_pool(self) -> object:
+        """Memory that graphs share which are never replayed at the same time: for ``capture``."""
+
+    @abstractmethod
+    def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:
+        """Run once, then record what ``run`` starts on the device. It must not wait for the device.
+
+        Later replays read the same input tensors and write the same output.
+        """
+
+    @abstractmethod
+    def peak_bytes(self) -> int | None:
+        """The most that tensors of this process took since ``reset_peak``; None where nobody counts."""
+
+    @abstractmethod
+    def reset_peak(self) -> None:
+        """Give memory that no tensor holds back to the device, and count ``peak_bytes`` anew."""
 
     @abstractmethod
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:

@@ -1,17 +1,30 @@
 """The host's own processor."""
 
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from argosy.platforms.base import MemoryInfo, Platform
+from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """``HostCopy`` of what is on the host anyway."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
 
 
 class CpuPlatform(Platform):
     device_type = "cpu"
     comm_backend = "gloo"
     has_fp8_compute = False
+    records_steps = False
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
@@ -39,8 +52,26 @@ class CpuPlatform(Platform):
     def synchronize(self) -> None:
         return None
 
-    def computes_fp8(self) -> bool:
-        return False
+    def start_copy_to_host(self, tensor: torch.Tensor) -> HostCopy:
+        return HostTensor(tensor)
+
+    def new_graph_pool(self) -> object:
+        return None
+
+    def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:
+        """Nothing can be recorded: a replay runs again. It serves to test what replays are asked for."""
+        output = run().clone()
+
+        def replay() -> None:
+            output.copy_(run())
+
+        return DeviceGraph(output, replay)
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+    def reset_peak(self) -> None:
+        return None
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """float32: small bf16 products are several times slower than float32 ones on CPUs (docs/log.md)."""

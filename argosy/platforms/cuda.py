@@ -1,8 +1,23 @@
 """NVIDIA cards."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from argosy.platforms.base import MemoryInfo, Platform
+from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedCopy:
+    """``HostCopy`` into pinned memory: an event tells when it is there."""
+
+    tensor: torch.Tensor
+    event: torch.cuda.Event
+
+    def wait(self) -> torch.Tensor:
+        self.event.synchronize()
+        return self.tensor
 
 
 class CudaPlatform(Platform):
@@ -32,8 +47,38 @@ class CudaPlatform(Platform):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def computes_fp8(self) -> bool:
-        return torch.cuda.get_device_capability() >= (9, 0)
+    def start_copy_to_host(self, tensor: torch.Tensor) -> HostCopy:
+        # Pinned memory comes from torch's cache of it, which gives it out again only after the copy.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return PinnedCopy(pinned, event)
+
+    @property
+    def records_steps(self) -> bool:
+        return torch.cuda.get_device_capability() >= (9, 0)  # others run plain operations, of which some wait
+
+    def new_graph_pool(self) -> object:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # compiles kernels and makes handles, which a recording cannot
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            output = run()
+        return DeviceGraph(output, graph.replay)
+
+    def peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         return checkpoint_dtype

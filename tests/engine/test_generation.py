@@ -181,15 +181,15 @@ def test_leaving_a_stream_early_ends_its_request(llm: LLM) -> None:
 
 
 def test_an_interrupted_call_leaves_a_usable_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    execute, calls = llm.engine.runner.execute, []
+    start, calls = llm.engine.runner.start, []
 
     def interrupted(batch: object) -> object:
         calls.append(batch)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return execute(batch)  # type: ignore[arg-type]
+        return start(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(llm.engine.runner, "execute", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(_prompts(), GREEDY)
     assert not llm.engine.has_unfinished()

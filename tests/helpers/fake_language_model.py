@@ -26,6 +26,7 @@ class FakeLanguageModel:
     dtype_name: str = "float32"
     number_format: str = "float32"
     device_name: str = "a fake device"
+    memory_report: tuple[str, ...] = ()
     vocab_size: int = 128
     special_token_ids: frozenset[int] = frozenset({0, 1})
     seen_params: list[SamplingParams] = field(default_factory=list)

@@ -39,6 +39,7 @@ PURE_MODULES = (
     "argosy.config",
     "argosy.messages",
     "argosy.sampling_params",
+    "argosy.engine.planned_step",
     "argosy.engine.request",
     "argosy.engine.scheduler",
     "argosy.engine.waiting_queue",

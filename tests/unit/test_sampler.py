@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from argosy.messages import AdmittedRequest
+from argosy.messages import AdmittedRequest, TokenLogprobs
 from argosy.runner import sampling_ops
 from argosy.runner.random_stream import key_from_request, key_from_seed, uniforms
-from argosy.runner.sampler import Sampler
+from argosy.runner.sampler import SampledTokens, Sampler
 from argosy.sampling_params import SamplingParams
 
 VOCAB_SIZE, NUM_VALID, NUM_ROWS, MAX_LEN = 64, 50, 512, 64
@@ -29,6 +29,11 @@ class History:
     token_ids: np.ndarray = field(default_factory=lambda: np.zeros((NUM_ROWS, MAX_LEN), dtype=np.int32))
     num_tokens: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROWS, dtype=np.int32))
     num_prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROWS, dtype=np.int32))
+    lacks_last: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROWS, dtype=bool))
+
+    @property
+    def num_known_tokens(self) -> np.ndarray:
+        return self.num_tokens - self.lacks_last
 
     def put(self, row: int, prompt: list[int], output: list[int]) -> None:
         tokens = [*prompt, *output]
@@ -53,6 +58,11 @@ def build_sampler(
 def admit(sampler: Sampler, row: int, params: SamplingParams, request_id: str | None = None) -> None:
     request = AdmittedRequest(row, request_id or f"request-{row}", [], 0, 0, [], params)
     sampler.admit(row, request, EOS)
+
+
+def read_logprobs(sampled: SampledTokens) -> list[TokenLogprobs | None]:
+    assert sampled.logprobs is not None
+    return sampled.logprobs.read(sampled.logprobs.ids.cpu(), sampled.logprobs.values.cpu())
 
 
 def sample_one(params: SamplingParams, scores: list[float], *, output: list[int] | None = None, row: int = 3) -> int:
@@ -163,9 +173,14 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mixed_batch_draws_what_the_slow_twin_draws_row_by_row(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_last_on_device", [False, True])
+def test_a_mixed_batch_draws_what_the_slow_twin_draws_row_by_row(
+    device: str, dtype: torch.dtype, is_last_on_device: bool
+) -> None:
+    """``is_last_on_device``: where a row has output, the host does not know the last token of it."""
     rng = np.random.default_rng(5)
     sampler, history = build_sampler(device), History()
+    last_token_ids = torch.zeros(NUM_ROWS, dtype=torch.int64)
     checked = 0
     for _ in range(8):
         rows = rng.permutation(NUM_ROWS)[:60]
@@ -176,10 +191,14 @@ def test_a_mixed_batch_draws_what_the_slow_twin_draws_row_by_row(device: str, dt
             output = rng.integers(0, NUM_VALID, rng.integers(0, 12)).tolist()
             admit(sampler, row, params)
             history.put(row, prompt, output)
+            history.lacks_last[row] = is_last_on_device and bool(output)
+            if history.lacks_last[row]:
+                last_token_ids[row] = output[-1]
+                history.token_ids[row, len(prompt) + len(output) - 1] = NUM_VALID - 1
             settings.append(params)
             texts.append((prompt, output))
         logits = torch.from_numpy(rng.normal(0, 2, (len(rows), VOCAB_SIZE))).to(dtype)
-        got = sampler.sample(logits.to(device), rows, history).token_ids.tolist()
+        got = sampler.sample(logits.to(device), rows, history, last_token_ids.to(device)).token_ids.tolist()
         for line, (params, (prompt, output)) in enumerate(zip(settings, texts, strict=True)):
             expected = twin_token(logits[line].double().numpy(), params, prompt, output)
             if expected is not None:
@@ -528,12 +547,12 @@ def test_logprobs_are_of_the_models_own_distribution_over_valid_tokens(device: s
         admit(sampler, row, params)
         history.put(row, [1], [9])
     sampled = sampler.sample(logits.to(device), np.arange(4), history)
-    assert sampled.logprobs is not None
+    logprobs = read_logprobs(sampled)
     assert sampled.token_ids[[1, 3]].tolist() == [7, 0]
-    assert sampled.logprobs[2] is None
+    assert logprobs[2] is None
     reference = logits[:, :NUM_VALID].double().log_softmax(1)
     for line in (0, 1, 3):
-        entry, num = sampled.logprobs[line], settings[line].logprobs
+        entry, num = logprobs[line], settings[line].logprobs
         assert entry is not None and num is not None
         ranked = sorted(range(NUM_VALID), key=lambda token_id: (-float(logits[line, token_id]), token_id))  # noqa: B023
         assert entry.token_id == int(sampled.token_ids[line])
@@ -547,8 +566,8 @@ def test_more_logprobs_than_tokens_are_all_tokens() -> None:
     sampler = build_sampler(vocab_size=8, num_valid_tokens=5)
     admit(sampler, 0, SamplingParams(temperature=0.0, logprobs=20))
     sampled = sampler.sample(torch.arange(8.0)[None], np.array([0]), History())
-    assert sampled.logprobs is not None and sampled.logprobs[0] is not None
-    assert sampled.logprobs[0].top_token_ids == [4, 3, 2, 1, 0]
+    (entry,) = read_logprobs(sampled)
+    assert entry is not None and entry.top_token_ids == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,182 @@
+"""Decode steps as device graphs: recorded once for each of a few batch sizes, replayed with one call.
+
+A step of one token a request launches hundreds of kernels of a few microseconds, and the host is slower than that. A
+recording has fixed shapes and addresses, so a batch is copied into static tensors and padded to the next size that was
+recorded; padding rows write no slot and attend to one entry of the null block. What depends on how long sequences are
+is recorded for a few longest lengths. Invariant: a replay gives what the model gives for the same batch run eagerly,
+within the rounding of products of another height.
+
+The head is not recorded: its output is large, and its launch is hidden behind the replay.
+
+Shape letters: B requests, n recorded batch size, D hidden.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN
+from argosy.kernels import RotaryTable
+from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch
+from argosy.models.deepseek.model import DeepseekV32Model
+from argosy.platforms import DeviceGraph, Platform
+
+# Between neighbours at most a third of a batch is padding, from 8 on; each size costs a recording at the start.
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+LENGTH_STEP = 8  # from one recorded longest length to the next
+
+OnCapture = Callable[[int, int], None]  # recordings made, recordings in all
+
+
+def graph_batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """What is recorded for an engine of ``max_num_seqs``: its own size, if the table reaches so far, and those below.
+
+    Larger batches run eagerly: their kernels take longer than their launches.
+    """
+    smaller = tuple(size for size in BATCH_SIZES if size < max_num_seqs)
+    return (*smaller, max_num_seqs) if max_num_seqs <= BATCH_SIZES[-1] else BATCH_SIZES
+
+
+def graph_lengths(index_topk: int, max_model_len: int) -> tuple[int, ...]:
+    """Longest sequences of recordings, ascending: the first needs no indexer, the last takes everything."""
+    steps = itertools.takewhile(
+        lambda length: length < max_model_len, (index_topk * LENGTH_STEP**power for power in itertools.count())
+    )
+    return (*steps, max_model_len)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInputs:
+    """The tensors that recordings read, for the largest size; a recording of size n has views of their first n rows."""
+
+    input_ids: torch.Tensor  # [n] int64
+    positions: torch.Tensor  # [n] int64
+    slot_mapping: torch.Tensor  # [n] int64
+    seq_lens: torch.Tensor  # [n] int32
+    block_table: torch.Tensor  # [n, blocks] int32
+
+    @classmethod
+    def allocate(cls, size: int, num_blocks: int, device: torch.device) -> "StaticInputs":
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        return cls(
+            input_ids=zeros,
+            positions=zeros.clone(),
+            slot_mapping=torch.full_like(zeros, -1),
+            seq_lens=torch.ones(size, dtype=torch.int32, device=device),
+            block_table=torch.zeros(size, num_blocks, dtype=torch.int32, device=device),
+        )
+
+    def rows(self, size: int) -> "StaticInputs":
+        return StaticInputs(*(getattr(self, field.name)[:size] for field in dataclasses.fields(self)))
+
+    def fill(self, batch: ForwardBatch) -> None:
+        """Copy the batch into the first rows; what stands behind them becomes padding."""
+        attention, num_rows = batch.attention, batch.num_tokens
+        self.input_ids[:num_rows].copy_(batch.input_ids)
+        self.positions[:num_rows].copy_(batch.positions)
+        self.slot_mapping[:num_rows].copy_(attention.slot_mapping)
+        self.seq_lens[:num_rows].copy_(attention.seq_lens)
+        self.block_table[:num_rows, : attention.block_table.shape[1]].copy_(attention.block_table)
+        if num_rows < self.input_ids.shape[0]:
+            # Ids, positions and blocks that an earlier batch left behind are read, and nothing comes of them.
+            self.slot_mapping[num_rows:].fill_(-1)
+            self.seq_lens[num_rows:].fill_(1)
+
+
+class GraphRunner:
+    """The recordings of one rank. Build with ``capture``. One rank alone: nothing is exchanged in a recording."""
+
+    def __init__(
+        self,
+        model: DeepseekV32Model,
+        cache: MLAKVCache,
+        rotary: RotaryTable,
+        *,
+        batch_sizes: tuple[int, ...],
+        lengths: tuple[int, ...],
+    ) -> None:
+        self._model, self._cache, self._rotary = model, cache, rotary
+        self._batch_sizes, self._lengths = batch_sizes, lengths
+        num_blocks = -(-lengths[-1] // cache.block_size)
+        self._inputs = StaticInputs.allocate(batch_sizes[-1], num_blocks, rotary.cos.device)
+        self._graphs: dict[tuple[int, int], DeviceGraph] = {}
+
+    @classmethod
+    def capture(
+        cls,
+        model: DeepseekV32Model,
+        cache: MLAKVCache,
+        rotary: RotaryTable,
+        platform: Platform,
+        *,
+        batch_sizes: tuple[int, ...],
+        lengths: tuple[int, ...],
+        on_capture: OnCapture | None = None,
+    ) -> "GraphRunner":
+        """Run and record every size; the largest first, whose memory the others use again."""
+        runner = cls(model, cache, rotary, batch_sizes=batch_sizes, lengths=lengths)
+        pool = platform.new_graph_pool()
+        keys = list(itertools.product(reversed(batch_sizes), reversed(lengths)))
+        for i, (size, length) in enumerate(keys):
+            runner._record(size, length, platform, pool)
+            if on_capture is not None:
+                on_capture(i + 1, len(keys))
+        return runner
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def fits(self, batch: ForwardBatch) -> bool:
+        """Whether every request of the batch computes one token, and there are not too many."""
+        attention = batch.attention
+        return attention.num_prefill_tokens == 0 and 0 < batch.num_tokens <= self._batch_sizes[-1]
+
+    def run(self, batch: ForwardBatch) -> torch.Tensor:
+        """``DeepseekV32Model.forward`` of a batch that ``fits``: hidden states [B, D], valid until the next call."""
+        size = _smallest_that_holds(batch.num_tokens, self._batch_sizes)
+        length = _smallest_that_holds(batch.attention.max_seq_len, self._lengths)
+        self._inputs.rows(size).fill(batch)
+        graph = self._graphs[size, length]
+        graph.replay()
+        return graph.output[: batch.num_tokens]
+
+    def _record(self, size: int, length: int, platform: Platform, pool: object) -> None:
+        inputs = self._inputs.rows(size)
+        self._graphs[size, length] = platform.capture(lambda: self._forward(inputs, length), pool)
+
+    @torch.inference_mode()
+    def _forward(self, inputs: StaticInputs, length: int) -> torch.Tensor:
+        size = inputs.input_ids.shape[0]
+        device = inputs.input_ids.device
+        attention = AttentionMetadata(
+            query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=device),
+            seq_lens=inputs.seq_lens,
+            slot_mapping=inputs.slot_mapping,
+            block_table=inputs.block_table,
+            max_query_len=1,
+            max_seq_len=length,
+            max_decode_seq_len=length,
+            min_decode_seq_len=0,  # unknown
+            num_decode_tokens=size,
+            num_prefill_tokens=0,
+            prefill_segments=(),
+        )
+        batch = ForwardBatch(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            rotary=self._rotary.at(inputs.positions),
+            attention=attention,
+            logits_indices=torch.zeros(0, dtype=torch.int64, device=device),  # rows are taken outside
+            exchange=SINGLE_RANK_PLAN,
+        )
+        hidden_states: torch.Tensor = self._model(batch, self._cache)
+        return hidden_states
+
+
+def _smallest_that_holds(number: int, ascending: Iterable[int]) -> int:
+    return next(limit for limit in ascending if limit >= number)
