@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from argosy.distributed.ep_types import (
+    AddsAfterwards,
     ArrangedRows,
     DispatchedTokens,
     ReceivedRows,
@@ -25,7 +26,7 @@ ExpertLayout = Literal["sorted", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
-class ArrangedHandle:
+class ArrangedHandle(AddsAfterwards):
     """Where each entry's expert output lies, and how the sums get home."""
 
     row_ids: torch.Tensor  # [N, K] int64: row of the experts' output (flat over expert and capacity), -1 none
@@ -89,9 +90,15 @@ def padded_rows(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int
 
 
 def sum_rows_in_torch(
-    rows: torch.Tensor, row_ids: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype
+    rows: torch.Tensor,
+    row_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    dtype: torch.dtype,
+    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``SumRows`` in plain torch: the slow twin of fused kernels, and what runs where there is none."""
+    if addend is not None:
+        return (sum_rows_in_torch(rows, row_ids, weights, torch.float32) + addend).to(dtype)
     num_lines, num_summands = row_ids.shape
     if rows.shape[0] == 0:
         return rows.new_zeros(num_lines, rows.shape[1], dtype=dtype)

@@ -25,6 +25,7 @@ from argosy.distributed.ep_types import (
     DispatchHandle,
     ExchangeMode,
     ExchangePlan,
+    QuantizedRows,
     RankExchange,
     ReceivedRows,
     RowOps,
@@ -106,14 +107,22 @@ class ExpertParallelDispatcher:
         self._row_ops = row_ops
         self._sum_rows = sum_rows
 
+    @property
+    def takes_quantized(self) -> bool:
+        return False  # what travels is the payload's own choice
+
     def start_dispatch(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
+        self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[DispatchedTokens]:
+        assert isinstance(x, torch.Tensor)
         flight = self._exchanges[plan.mode].start(x, topk_ids, topk_weights, plan)
         return Then(flight, partial(self._arrange, plan.mode))
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         return handle.start_combine(expert_out)
+
+    def combine_onto(self, expert_out: torch.Tensor, handle: DispatchHandle, addend: torch.Tensor) -> torch.Tensor:
+        return handle.combine_onto(expert_out, addend)
 
     def _arrange(self, mode: ExchangeMode, received: ReceivedRows) -> DispatchedTokens:
         is_padded = mode in self._padded_modes and received.x.shape[0] <= MAX_PADDED_ROWS

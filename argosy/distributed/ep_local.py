@@ -13,9 +13,11 @@ import torch
 
 from argosy.distributed.ep_types import (
     SINGLE_RANK_PLAN,
+    AddsAfterwards,
     DispatchedTokens,
     DispatchHandle,
     ExchangePlan,
+    QuantizedRows,
     RowOps,
     SumRows,
 )
@@ -26,7 +28,7 @@ MAX_WHOLE_SHARE = 4  # experts per expert that a token visits
 
 
 @dataclass(frozen=True, slots=True)
-class LocalHandle:
+class LocalHandle(AddsAfterwards):
     """Undoes the sort."""
 
     routed_to_sorted: torch.Tensor  # [T * K] int64: token * K + k -> row of the dispatched tokens
@@ -59,8 +61,11 @@ class FusedHandle:
     def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
         return Ready(self.sum_rows(expert_out, self.row_ids, self.topk_weights, torch.float32))
 
+    def combine_onto(self, expert_out: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        return self.sum_rows(expert_out, self.row_ids, self.topk_weights, addend.dtype, addend)
 
-class WholeHandle:
+
+class WholeHandle(AddsAfterwards):
     """The experts have summed already."""
 
     def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
@@ -82,14 +87,21 @@ class LocalDispatcher:
         # id -> itself, on the device of the module that is being built; the last entry is for -1, which is nobody's.
         self._expert_map = torch.arange(num_experts + 1, dtype=torch.int32) if fused else None
 
+    @property
+    def takes_quantized(self) -> bool:
+        return self._fused is not None
+
     def start_dispatch(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantizedRows,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         plan: ExchangePlan = SINGLE_RANK_PLAN,
     ) -> Pending[DispatchedTokens]:
         num_tokens, num_experts_per_tok = topk_ids.shape
+        if isinstance(x, QuantizedRows):
+            assert self._fused is not None
+            return Ready(self._dispatch_quantized(self._fused, x, topk_ids, topk_weights))
         is_few = MIN_WHOLE_TOKENS <= num_tokens <= self._max_whole_tokens
         if is_few and num_experts_per_tok * MAX_WHOLE_SHARE >= self._num_experts:
             return Ready(self._dispatch_whole(x, topk_ids, topk_weights))
@@ -105,6 +117,9 @@ class LocalDispatcher:
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         return handle.start_combine(expert_out)
 
+    def combine_onto(self, expert_out: torch.Tensor, handle: DispatchHandle, addend: torch.Tensor) -> torch.Tensor:
+        return handle.combine_onto(expert_out, addend)
+
     def _dispatch_fused(
         self, fused: FusedRows, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> DispatchedTokens:
@@ -113,6 +128,15 @@ class LocalDispatcher:
             x, topk_ids, None, self._expert_map, self._num_experts, is_padded=False
         )
         return DispatchedTokens(rows, counts, FusedHandle(row_ids, topk_weights, fused.sum_rows))
+
+    def _dispatch_quantized(
+        self, fused: FusedRows, x: QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> DispatchedTokens:
+        """Each token was quantised once, and not once for each of its experts."""
+        assert self._expert_map is not None
+        rows, counts, row_ids = fused.row_ops.arrange_quantized(x, topk_ids, self._expert_map, self._num_experts)
+        handle = FusedHandle(row_ids, topk_weights, fused.sum_rows)
+        return DispatchedTokens(rows.numbers, counts, handle, quantized=rows)
 
     def _dispatch_whole(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedTokens:
         ids = topk_ids.numpy()

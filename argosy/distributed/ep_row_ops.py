@@ -12,7 +12,7 @@ import torch
 
 from argosy.distributed.ep_arrange import padded_rows, sorted_rows
 from argosy.distributed.ep_message import pad_rows
-from argosy.distributed.ep_types import ArrangedRows, PackedTokens
+from argosy.distributed.ep_types import ArrangedRows, PackedTokens, QuantizedRows
 
 
 class TorchRowOps:
@@ -52,6 +52,14 @@ class TorchRowOps:
         if is_padded:
             return padded_rows(x, local_ids, num_local_experts)
         return sorted_rows(x, local_ids, num_local_experts, num_local_entries)
+
+    def arrange_quantized(
+        self, x: QuantizedRows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+    ) -> tuple[QuantizedRows, torch.Tensor, torch.Tensor]:
+        local_ids = expert_map[topk_ids]
+        numbers, counts, row_ids = sorted_rows(x.numbers, local_ids, num_local_experts, topk_ids.numel())
+        scale, _, _ = sorted_rows(x.scale, local_ids, num_local_experts, topk_ids.numel())
+        return QuantizedRows(numbers, scale, x.dtype), counts, row_ids
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
         return parts[:, :num_rows].sum(dim=0, dtype=torch.float32)

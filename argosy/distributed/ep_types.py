@@ -18,15 +18,38 @@ from argosy.distributed.pending import Pending
 ExchangeMode = Literal["low_latency", "high_throughput", "all_gather"]
 EXCHANGE_MODES: tuple[ExchangeMode, ...] = ("low_latency", "high_throughput", "all_gather")
 
-# (rows [R, D], row_ids [N, S] int64 or -1, weights [N, S] f32 or None for ones, dtype) -> [N, D] in dtype: the weighted
-# sum of each line's rows in float32, exactly 0 for a line of -1. Rows that no id names may hold anything, NaN too.
-SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+
+class SumRows(Protocol):
+    """The weighted sum of each line's rows; plain torch or a fused kernel."""
+
+    def __call__(
+        self,
+        rows: torch.Tensor,
+        row_ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        dtype: torch.dtype,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``rows: [R, D]``, ``row_ids: [N, S]`` int64 or -1, ``weights: [N, S]`` f32 or None for ones, ``addend:
+        [N, D]`` -> [N, D] in ``dtype``, added in float32; without an addend exactly 0 for a line of -1. Rows that no id
+        names may hold anything, NaN too."""
+        ...
+
 
 # Rows for the experts [M, D] or [e, capacity, D]; counts [e] int32; row_ids [N, K] int64: where each entry's row lies,
 # flat over expert and capacity, -1 for what is elsewhere.
 ArrangedRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WORD_BYTES = 4
 ROW_ALIGNMENT_WORDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Rows in 8 bits, quantised once for all that multiply them: linears, and experts on the same rank."""
+
+    numbers: torch.Tensor  # [T, D] int8 or e4m3
+    scale: torch.Tensor  # [T, 1] or [T, ceil(D / 128)] float32, of any strides
+    dtype: torch.dtype  # what the rows were, and what products make of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +71,20 @@ class DispatchHandle(Protocol):
         """See ``TokenDispatcher.start_combine``."""
         ...
 
+    def combine_onto(self, expert_out: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        """See ``TokenDispatcher.combine_onto``."""
+        ...
+
+
+class AddsAfterwards:
+    """Of handles whose sum comes home before anything can be added to it."""
+
+    def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
+        raise NotImplementedError
+
+    def combine_onto(self, expert_out: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        return (self.start_combine(expert_out).wait() + addend).to(addend.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchedTokens:
@@ -64,6 +101,7 @@ class DispatchedTokens:
     num_tokens_per_expert: torch.Tensor  # [e] int32
     handle: DispatchHandle
     expert_weights: torch.Tensor | None = None  # [T, e] float32, 0 where the token does not go
+    quantized: QuantizedRows | None = None  # sorted rows that came in 8 bits; ``hidden_states`` are their numbers
 
     @property
     def is_padded(self) -> bool:
@@ -73,8 +111,13 @@ class DispatchedTokens:
 class TokenDispatcher(Protocol):
     """Moves tokens to experts and sums what comes back."""
 
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether ``start_dispatch`` also takes rows that were quantised for the experts."""
+        ...
+
     def start_dispatch(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
+        self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[DispatchedTokens]:
         """``x: [T, D]``, ``topk_ids: [T, K]`` int32, distinct within a token (-1 none), ``topk_weights: [T, K]`` f32.
 
@@ -84,6 +127,11 @@ class TokenDispatcher(Protocol):
 
     def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Pending[torch.Tensor]:
         """``expert_out`` in the form and order of the dispatched tokens -> [T, D] float32. Collective over ep."""
+        ...
+
+    def combine_onto(self, expert_out: torch.Tensor, handle: DispatchHandle, addend: torch.Tensor) -> torch.Tensor:
+        """``start_combine``'s sums plus ``addend: [T, D]`` in float32 -> [T, D] in addend's dtype. Collective over
+        ep."""
         ...
 
 
@@ -180,6 +228,12 @@ class RowOps(Protocol):
 
         ``num_local_entries``: ids that are this rank's, which is M of sorted rows; None: unknown here, and M is N * K.
         """
+        ...
+
+    def arrange_quantized(
+        self, x: QuantizedRows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+    ) -> tuple[QuantizedRows, torch.Tensor, torch.Tensor]:
+        """``arrange_rows`` of sorted rows in 8 bits, with their scales; M is N * K."""
         ...
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -41,9 +41,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return _norms_of(gate_up).silu_mul(gate_up)
 
 
-def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """See ``reference.linear_fp32``."""
-    return (device_linear if has_kernels(x) else reference).linear_fp32(x, weight)
+    return (device_linear if has_kernels(x) else reference).linear_fp32(x, weight, factor)
 
 
 def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -51,9 +51,9 @@ def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _by_head_of(x).linear_by_head(x, weight)
 
 
-def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
-    """See ``reference.absorb_query``."""
-    return _by_head_of(q_nope).absorb_query(q_nope, q_rope, w_uk)
+def absorb_into(q_nope: torch.Tensor, w_uk: torch.Tensor, query: torch.Tensor) -> None:
+    """See ``reference.absorb_into``."""
+    _by_head_of(q_nope).absorb_into(q_nope, w_uk, query)
 
 
 def _by_head_of(x: torch.Tensor) -> ModuleType:

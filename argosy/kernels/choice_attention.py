@@ -11,10 +11,25 @@ import torch
 from argosy.kernels import cpu, reference, reference_cache_rows, reference_paged
 from argosy.kernels.card import has_kernels
 from argosy.kernels.choice import rms_norm
-from argosy.kernels.reference import RotaryRows
+from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import LatentRowLayout, NumberFormat
+from argosy.kernels.reference_paged import DecodeInputs
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+def rotary_rows(table: RotaryTable, positions: torch.Tensor) -> RotaryRows:
+    """See ``reference.RotaryTable.at``."""
+    if not has_kernels(positions):
+        return table.at(positions)
+    from argosy.kernels.triton import rotary
+
+    return rotary.rotary_rows(table, positions)
+
+
+def rope_interleaved_into(x: torch.Tensor, rotary: RotaryRows, out: torch.Tensor) -> None:
+    """See ``reference.rope_interleaved_into``."""
+    _rotary_of(x).rope_interleaved_into(x, rotary, out)
 
 
 def rope_interleaved_(x: torch.Tensor, rotary: RotaryRows) -> None:
@@ -115,6 +130,16 @@ def _cache_write_of(x: torch.Tensor) -> ModuleType:
     return cache_write
 
 
+def fill_decode_inputs(target: DecodeInputs, source: DecodeInputs) -> None:
+    """See ``reference_paged.fill_decode_inputs``."""
+    if not has_kernels(target[0]):
+        reference_paged.fill_decode_inputs(target, source)
+        return
+    from argosy.kernels.triton import decode_inputs
+
+    decode_inputs.fill_decode_inputs(target, source)
+
+
 # --- the indexer and attention ----------------------------------------------------------------------------------------
 
 
@@ -166,6 +191,47 @@ def select_topk_slots(
     from argosy.kernels.triton import topk as triton_topk
 
     return triton_topk.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+
+
+def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """See ``reference.select_topk_mask``."""
+    if not has_kernels(scores):
+        return reference.select_topk_mask(scores, num_visible, topk)
+    from argosy.kernels.triton import topk as triton_topk
+
+    return triton_topk.select_topk_mask(scores, num_visible, topk)
+
+
+def is_masked_faster(
+    q_nope: torch.Tensor, *, num_computed: int, num_selected: int, kv_lora_rank: int, rope_dim: int, v_dim: int
+) -> bool:
+    """Whether ``q_nope: [T, H, N]`` are better off with ``attend_expanded_masked`` than with ``attend_sparse``: on
+    NVIDIA cards, up to a length (``triton/masked_mla.py``)."""
+    if not has_kernels(q_nope):
+        return False
+    from argosy.kernels.triton import masked_mla
+
+    dims = masked_mla.Dims(kv_lora_rank, q_nope.shape[2], rope_dim, v_dim)
+    return masked_mla.is_faster_than_sparse(q_nope.shape[0], num_computed, num_selected, dims)
+
+
+def attend_expanded_masked(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    k_nope: torch.Tensor,
+    k_rope: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_computed: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """See ``reference.attend_expanded_masked``."""
+    tensors = (q_nope, q_rope, k_nope, k_rope, value, mask, num_computed, softmax_scale)
+    if not has_kernels(q_nope):
+        return reference.attend_expanded_masked(*tensors)
+    from argosy.kernels.triton import masked_mla
+
+    return masked_mla.attend_expanded_masked(*tensors)
 
 
 def attend_sparse(

@@ -20,23 +20,36 @@ def linear_fp8(
     x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
 ) -> torch.Tensor:
     """See ``reference_fp8.linear_fp8``. K is divisible by 128 here, and N by 16."""
+    return linear_fp8_quantized(
+        *quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales), weight, weight_scale_inv, x.dtype
+    )
+
+
+def linear_fp8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale_inv: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference_fp8.linear_fp8_quantized``."""
     num_tokens, num_outputs = x.shape[0], weight.shape[0]
     if num_tokens == 0:
-        return x.new_empty(0, num_outputs)
+        return x.new_empty(0, num_outputs, dtype=out_dtype)
     spare_tokens, spare_blocks = -num_tokens % _SCALE_MULTIPLE, -weight_scale_inv.shape[1] % _SCALE_MULTIPLE
     if spare_tokens:
-        x = F.pad(x, (0, 0, 0, spare_tokens))
+        x = F.pad(x.view(torch.uint8), (0, 0, 0, spare_tokens)).view(x.dtype)
+        x_scale = F.pad(x_scale, (0, 0, 0, spare_tokens))
     if spare_blocks:  # no published size
         weight_scale_inv = F.pad(weight_scale_inv, (0, spare_blocks))
-    quantized, activation_scale = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
     out = scaled_mm(
-        quantized,
+        x,
         weight.t(),
-        activation_scale.t().contiguous().t(),  # the scales of a group of all tokens lie beside each other
+        x_scale.t().contiguous().t(),  # the scales of a group of all tokens lie beside each other
         ScalingType.BlockWise1x128,
         weight_scale_inv.t(),
         ScalingType.BlockWise128x128,
-        output_dtype=x.dtype,
+        output_dtype=out_dtype,
     )
     return out[:num_tokens]
 

@@ -16,15 +16,15 @@ MIN_STREAMED_FEATURES = 8192
 MAX_STREAMED_TOKENS = 128
 
 
-def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """See ``reference.linear_fp32``. ``x``, ``weight``: bf16 or float32."""
     if x.shape[0] == 0 or x.dtype == weight.dtype == torch.float32:
-        return reference.linear_fp32(x, weight)
+        return reference.linear_fp32(x, weight, factor)
     if x.dtype == torch.float32:
-        return _split_tokens(x, weight)
+        return _times(_split_tokens(x, weight), factor)
     if weight.dtype == torch.float32 or _is_streamed(x, weight):
-        return _linear_tiled(x, weight)
-    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return _linear_tiled(x, weight, factor)
+    return _times(torch.mm(x, weight.t(), out_dtype=torch.float32), factor)
 
 
 def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,14 +34,9 @@ def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
-    """See ``reference.absorb_query``. Contiguous: ``torch.cat`` of the two took four times what its bytes take."""
-    num_tokens, heads, rope_dim = q_rope.shape
-    rank = w_uk.shape[2]
-    query = q_rope.new_empty(num_tokens, heads, rank + rope_dim)
-    torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., :rank].transpose(0, 1))
-    query[..., rank:] = q_rope
-    return query
+def absorb_into(q_nope: torch.Tensor, w_uk: torch.Tensor, query: torch.Tensor) -> None:
+    """See ``reference.absorb_into``. Written into its place: a copy took four times what its bytes take."""
+    torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., : w_uk.shape[2]].transpose(0, 1))
 
 
 def split_in_three(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,15 +51,19 @@ def _is_streamed(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.shape[0] <= MAX_STREAMED_TOKENS and weight.shape[0] >= MIN_STREAMED_FEATURES
 
 
-def _linear_tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1.0 else x.mul_(factor)
+
+
+def _linear_tiled(x: torch.Tensor, weight: torch.Tensor, factor: float) -> torch.Tensor:
     # Triton is installed with CUDA's torch only.
     from argosy.kernels.triton.linear_fp32 import has_aligned_rows, multiply_parts
     from argosy.kernels.triton.sum_parts import sum_parts
 
     if not (has_aligned_rows(x) and has_aligned_rows(weight)):  # no published size
-        return reference.linear_fp32(x, weight)
+        return reference.linear_fp32(x, weight, factor)
     parts = multiply_parts(x, weight)
-    return parts[0] if parts.shape[0] == 1 else sum_parts(parts, x.shape[0])
+    return _times(parts[0], factor) if parts.shape[0] == 1 else sum_parts(parts, x.shape[0], factor)
 
 
 def _split_tokens(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

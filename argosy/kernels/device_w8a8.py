@@ -50,13 +50,28 @@ def grouped_mlp_w8a8(
     num_tokens_per_expert: torch.Tensor,
 ) -> torch.Tensor:
     """One expert after another. NOTE(sync): reads the counts on the host, because a view's size must be known there."""
-    out = torch.empty_like(x)
+    matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
+    return grouped_mlp_w8a8_quantized(*quantize_per_token(x), *matrices, num_tokens_per_expert, x.dtype)
+
+
+def grouped_mlp_w8a8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8_quantized``. NOTE(sync): as ``grouped_mlp_w8a8``."""
+    out = torch.empty_like(x, dtype=out_dtype)
     end = 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         start, end = end, end + count
         weights = gate_up_proj[expert], gate_up_scale[expert], down_proj[expert], down_scale[expert]
         if count:
-            out[start:end] = _mlp(x[start:end], *weights)
+            out[start:end] = _mlp_quantized(x[start:end], x_scale[start:end], *weights, out_dtype)
     return out
 
 
@@ -80,9 +95,18 @@ def _mlp(
     down_proj: torch.Tensor,
     down_scale: torch.Tensor,
 ) -> torch.Tensor:
-    hidden = silu_mul(_linear_fp32(x, gate_up_proj, gate_up_scale))
-    return _linear_fp32(hidden, down_proj, down_scale).to(x.dtype)
+    return _mlp_quantized(*quantize_per_token(x), gate_up_proj, gate_up_scale, down_proj, down_scale, x.dtype)
 
 
-def _linear_fp32(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, torch.float32)
+def _mlp_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    hidden = silu_mul(linear_w8a8_quantized(x, x_scale, gate_up_proj, gate_up_scale, torch.float32))
+    out = linear_w8a8_quantized(*quantize_per_token(hidden), down_proj, down_scale, torch.float32)
+    return out.to(out_dtype)

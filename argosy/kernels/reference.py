@@ -65,9 +65,10 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
 
-def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x: [T, n]``, ``weight: [m, n]`` -> x @ weight^T [T, m] float32, accumulated in float32."""
-    return F.linear(x.float(), weight.float())
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """``x: [T, n]``, ``weight: [m, n]`` -> (x @ weight^T) * factor [T, m] float32, accumulated in float32."""
+    product = F.linear(x.float(), weight.float())
+    return product if factor == 1.0 else product * factor
 
 
 def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -75,9 +76,9 @@ def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
 
-def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
-    """``q_nope: [T, H, N]``, ``q_rope: [T, H, P]``, ``w_uk: [H, N, R]`` -> [q_nope @ w_uk | q_rope]: [T, H, C]."""
-    return torch.cat((linear_by_head(q_nope, w_uk), q_rope), dim=-1)
+def absorb_into(q_nope: torch.Tensor, w_uk: torch.Tensor, query: torch.Tensor) -> None:
+    """``q_nope: [T, H, N]`` @ ``w_uk: [H, N, R]`` into the first R of ``query: [T, H, C]``; the rest stays."""
+    query[..., : w_uk.shape[2]] = linear_by_head(q_nope, w_uk)
 
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
@@ -92,6 +93,13 @@ def rope_interleaved_(x: torch.Tensor, rotary: RotaryRows) -> None:
     torch.view_as_complex(rotated.unflatten(-1, (x.shape[-1] // 2, 2))).mul_(rotary.turns)
     if rotated is not x:
         x.copy_(rotated)
+
+
+def rope_interleaved_into(x: torch.Tensor, rotary: RotaryRows, out: torch.Tensor) -> None:
+    """``rope_interleaved_``, but what was rotated goes to ``out: [T, heads, P]``, tokens and heads strided; what x
+    holds afterwards is unspecified."""
+    rope_interleaved_(x, rotary)
+    out.copy_(x)
 
 
 def rope_half_split_(x: torch.Tensor, rotary: RotaryRows) -> None:
@@ -165,6 +173,27 @@ def select_topk_positions(scores: torch.Tensor, num_visible: torch.Tensor, topk:
     return chosen if chosen.shape[1] == topk else F.pad(chosen, (0, topk - chosen.shape[1]), value=-1)
 
 
+def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """The keys that ``select_topk_positions`` chooses, as bits: [N, ceil(S / 32)] int32, bit s % 32 of word s // 32."""
+    num_rows, num_keys = scores.shape
+    positions = select_topk_positions(scores, num_visible, topk).long()
+    is_chosen = torch.zeros(num_rows, num_keys + 1, dtype=torch.bool, device=scores.device)
+    is_chosen.scatter_(1, torch.where(positions < 0, num_keys, positions), True)
+    return pack_mask(is_chosen[:, :num_keys])
+
+
+def pack_mask(is_chosen: torch.Tensor) -> torch.Tensor:
+    """``is_chosen: [N, S]`` bool -> [N, ceil(S / 32)] int32: bit s % 32 of word s // 32."""
+    bits = F.pad(is_chosen, (0, -is_chosen.shape[1] % 32)).unflatten(1, (-(-is_chosen.shape[1] // 32), 32))
+    return (bits.int() << torch.arange(32, dtype=torch.int32, device=bits.device)).sum(dim=2, dtype=torch.int32)
+
+
+def unpack_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """``pack_mask``, backwards: [N, num_keys] bool."""
+    bits = mask.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=mask.device)
+    return (bits & 1).bool().flatten(1)[:, :num_keys]
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +215,32 @@ def attend_expanded(
         *heads_first, attn_mask=mask, is_causal=num_tokens > 1 and not num_computed, scale=softmax_scale
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def attend_expanded_masked(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    k_nope: torch.Tensor,
+    k_rope: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_computed: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """``attend_expanded`` of parts, in which a token attends to the keys that its row of ``mask`` names.
+
+    ``q_nope: [T, H, N]``, ``q_rope: [T, H, P]``, ``k_nope: [S, H, N]``, ``k_rope: [S, P]`` of all heads, ``value: [S,
+    H, V]``, ``mask: [T, ceil(S / 32)]`` int32 as ``select_topk_mask`` gives it, or None: all up to the token's own
+    position. Returns [T, H, V]; zeros for a token without keys.
+    """
+    key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1)), dim=-1)
+    query = torch.cat((q_nope, q_rope), dim=-1)
+    if mask is None:
+        return attend_expanded(query, key, value, num_computed, softmax_scale)
+    is_chosen = unpack_mask(mask, key.shape[0])
+    heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=is_chosen, scale=softmax_scale)
+    return out.squeeze(0).transpose(0, 1).masked_fill(~is_chosen.any(dim=1)[:, None, None], 0.0)
 
 
 def attend_absorbed(

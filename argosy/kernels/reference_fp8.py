@@ -40,15 +40,26 @@ def linear_fp8(
 ) -> torch.Tensor:
     """``x: [T, K]``, ``weight: [N, K]`` e4m3, ``weight_scale_inv: [ceil(N / 128), ceil(K / 128)]`` f32 -> [T, N] in x's
     dtype; one rounding."""
-    quantized, activation_scale = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    return linear_fp8_quantized(*rows, weight, weight_scale_inv, x.dtype)
+
+
+def linear_fp8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale_inv: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``linear_fp8`` of what ``quantize_groups`` made: ``x: [T, K]`` e4m3, ``x_scale: [T, ceil(K / 128)]`` f32."""
     output_scale = weight_scale_inv.repeat_interleave(BLOCK_SIZE, dim=0)[: weight.shape[0]]  # [N, K / 128]
     out = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
     for block, (part, weight_part) in enumerate(
-        zip(quantized.split(BLOCK_SIZE, dim=1), weight.split(BLOCK_SIZE, dim=1), strict=True)
+        zip(x.split(BLOCK_SIZE, dim=1), weight.split(BLOCK_SIZE, dim=1), strict=True)
     ):
         products = F.linear(part.float(), weight_part.float())
-        out += products * activation_scale[:, block : block + 1] * output_scale[:, block]
-    return out.to(x.dtype)
+        out += products * x_scale[:, block : block + 1] * output_scale[:, block]
+    return out.to(out_dtype)
 
 
 def grouped_mlp_fp8(
@@ -66,12 +77,33 @@ def grouped_mlp_fp8(
     ``gate_up_proj: [e, 2F, D]`` and ``down_proj: [e, D, F]`` e4m3, scales f32 of their blocks of 128 x 128; F is in
     whole blocks. Rows behind the last expert's are spare: what comes out for them is unspecified.
     """
-    out = torch.zeros_like(x)
+    matrices = gate_up_proj, gate_up_scale_inv, down_proj, down_scale_inv
+    rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    return grouped_mlp_fp8_quantized(
+        *rows, *matrices, num_tokens_per_expert, x.dtype, has_ue8m0_scales=has_ue8m0_scales
+    )
+
+
+def grouped_mlp_fp8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale_inv: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale_inv: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    out_dtype: torch.dtype,
+    *,
+    has_ue8m0_scales: bool,
+) -> torch.Tensor:
+    """``grouped_mlp_fp8`` of rows that were quantised before they were sorted -> [M, D] in ``out_dtype``."""
+    out = torch.zeros(x.shape, dtype=out_dtype, device=x.device)
     counts = num_tokens_per_expert.tolist()
-    for expert, (rows, target) in enumerate(zip(_split(x, counts), _split(out, counts), strict=True)):
+    parts = zip(_split(x, counts), _split(x_scale, counts), _split(out, counts), strict=True)
+    for expert, (rows, scale, target) in enumerate(parts):
         if not len(rows):
             continue
-        gate_up = linear_fp8(rows, gate_up_proj[expert], gate_up_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales)
+        gate_up = linear_fp8_quantized(rows, scale, gate_up_proj[expert], gate_up_scale_inv[expert], out_dtype)
         # NOTE(numerics): rounded to x's dtype before it is quantised again, as in DeepSeek's inference/model.py.
         hidden = silu_mul(gate_up)
         target.copy_(linear_fp8(hidden, down_proj[expert], down_scale_inv[expert], has_ue8m0_scales=has_ue8m0_scales))

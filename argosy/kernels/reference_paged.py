@@ -37,6 +37,27 @@ Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+DecodeInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fill_decode_inputs(target: DecodeInputs, source: DecodeInputs) -> None:
+    """A decode batch into tensors of n >= B rows: ids, positions, slots [B] int64, seq_lens [B] int32, block_table [B,
+    blocks] int32. Rows behind it become padding: slot -1 and length 1.
+
+    Ids, positions and blocks that an earlier batch left behind are read, and nothing comes of them.
+    """
+    num_rows = source[0].shape[0]
+    *columns, block_table = zip(target, source, strict=True)
+    for to, values in columns:
+        to[:num_rows].copy_(values)
+    to, values = block_table
+    to[:num_rows, : values.shape[1]].copy_(values)
+    _, _, slot_mapping, seq_lens, _ = target
+    if num_rows < len(slot_mapping):
+        slot_mapping[num_rows:].fill_(-1)
+        seq_lens[num_rows:].fill_(1)
+
+
 def write_latent(
     latent: torch.Tensor,
     norm_weight: torch.Tensor,

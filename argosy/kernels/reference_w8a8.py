@@ -57,10 +57,28 @@ def grouped_mlp_w8a8(
     ``gate_up_proj: [e, 2F, D]`` and ``down_proj: [e, D, F]`` int8, scales [e, 2F, 1] and [e, D, 1] f32. Rows behind the
     last expert's are spare: what comes out for them is unspecified.
     """
+    matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
+    return grouped_mlp_w8a8_quantized(*quantize_per_token(x), *matrices, num_tokens_per_expert, x.dtype)
+
+
+def grouped_mlp_w8a8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``grouped_mlp_w8a8`` of rows that were quantised before they were sorted: ``x: [M, D]`` int8, ``x_scale: [M, 1]``
+    f32 -> [M, D] in ``out_dtype``."""
     counts = num_tokens_per_expert.tolist()
-    *parts, spare = x.split([*counts, x.shape[0] - sum(counts)])
-    weights = zip(parts, gate_up_proj, gate_up_scale, down_proj, down_scale, strict=True)
-    return torch.cat([*(_mlp(*expert) for expert in weights), torch.zeros_like(spare)])
+    sizes = [*counts, x.shape[0] - sum(counts)]
+    *parts, spare = x.split(sizes)
+    weights = zip(parts, x_scale.split(sizes)[:-1], gate_up_proj, gate_up_scale, down_proj, down_scale, strict=True)
+    outs = [_mlp_quantized(*expert, out_dtype) for expert in weights]
+    return torch.cat([*outs, torch.zeros_like(spare, dtype=out_dtype)])
 
 
 def grouped_mlp_w8a8_masked(
@@ -87,11 +105,20 @@ def _mlp(
     down_proj: torch.Tensor,
     down_scale: torch.Tensor,
 ) -> torch.Tensor:
+    return _mlp_quantized(*quantize_per_token(x), gate_up_proj, gate_up_scale, down_proj, down_scale, x.dtype)
+
+
+def _mlp_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     # NOTE(numerics): float32 up to the second quantisation, with no rounding to x's dtype between, so that one fused
     # kernel can do the same.
-    hidden = silu_mul(_linear_fp32(x, gate_up_proj, gate_up_scale))
-    return _linear_fp32(hidden, down_proj, down_scale).to(x.dtype)
-
-
-def _linear_fp32(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    return linear_w8a8_quantized(*quantize_per_token(x), weight, weight_scale, torch.float32)
+    hidden = silu_mul(linear_w8a8_quantized(x, x_scale, gate_up_proj, gate_up_scale, torch.float32))
+    out = linear_w8a8_quantized(*quantize_per_token(hidden), down_proj, down_scale, torch.float32)
+    return out.to(out_dtype)

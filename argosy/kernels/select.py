@@ -5,14 +5,14 @@ Invariant: what is returned equals ``reference`` within float32's rounding.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
 
 if TYPE_CHECKING:
     from argosy.kernels.triton.row_ops import TritonRowOps
 
-SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+SumRows = TypeVar("SumRows", bound=Callable[..., torch.Tensor])
 
 
 def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
@@ -22,7 +22,7 @@ def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
     # Triton is installed with CUDA's torch only.
     from argosy.kernels.triton.sum_rows import sum_rows
 
-    return sum_rows
+    return cast(SumRows, sum_rows)
 
 
 def select_row_ops(device_type: str) -> "TritonRowOps | None":
@@ -38,6 +38,12 @@ def select_max_whole_tokens(device_type: str, dtype: torch.dtype) -> int:
     """For ``build_dispatcher(..., max_whole_tokens=...)``, where experts are plain: up to how many tokens a CPU is
     faster with all experts in one product (measured with 32 experts of 64, ``docs/log.md``, 2026-11-22)."""
     return 48 if device_type == "cpu" and dtype == torch.float32 else 0
+
+
+def select_joined_linears(device_type: str) -> bool:
+    """For ``group_linears(..., is_joined=...)``: CUDA, where three narrow products leave most of the card idle. A CPU
+    gains nothing, and reads contiguous rows faster."""
+    return device_type == "cuda"
 
 
 def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:

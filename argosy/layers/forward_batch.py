@@ -12,6 +12,7 @@ import torch
 
 from argosy.distributed.ep_types import ExchangePlan
 from argosy.kernels import RotaryRows
+from argosy.platforms import NoSideLane, SideLane
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     logits_indices: torch.Tensor  # [number of sampled rows] int64: tokens whose logits are wanted
     exchange: ExchangePlan  # how tokens reach their experts: agreed by all ranks
+    side_lane: SideLane = NoSideLane()  # for work that need not wait for its neighbours
 
     @property
     def num_tokens(self) -> int:

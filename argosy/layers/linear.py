@@ -4,7 +4,7 @@ What a linear is made of is its scheme's business; here is which share of it a r
 [out_features, in_features], as checkpoints store them.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,32 +13,51 @@ from torch import nn
 from argosy.kernels import linear_fp32
 from argosy.quantization.linear_shape import LinearShape
 from argosy.quantization.plain_scheme import PlainLinear
+from argosy.quantization.preparation import NoPreparation, Preparation
 from argosy.quantization.scheme import Schemes
 
 
 class PreparingLinear(Protocol):
-    """A linear of any format: ``x: [T, in]``, or what ``prepare`` made of it -> [T, out].
+    """A linear of any format: ``x: [T, in]``, or what its ``preparation`` made of it -> [T, out]."""
 
-    ``prepare`` is the part of its work that depends on the input alone; linears of one kind prepare alike.
-    """
-
-    def prepare(self, x: torch.Tensor) -> object: ...
-
-    def prepare_gated(self, gate_up: torch.Tensor) -> object:
-        """``gate_up: [T, 2 * in]`` -> ``prepare`` of silu(gate) * up."""
-        ...
+    preparation: Preparation
 
     def __call__(self, x: object) -> torch.Tensor: ...
 
 
-def share_preparation(*linears: PreparingLinear) -> Callable[[torch.Tensor], object]:
-    """What to do once with an input that all ``linears`` take: nothing, if they are of different kinds."""
-    is_alike = len({type(linear) for linear in linears}) == 1
-    return linears[0].prepare if is_alike else _leave
+def share_preparation(*linears: PreparingLinear) -> Preparation:
+    """What to do once with an input that all ``linears`` take: nothing, if they are of different formats."""
+    is_alike = all(linear.preparation == linears[0].preparation for linear in linears)
+    return linears[0].preparation if is_alike else NoPreparation()
 
 
-def _leave(x: torch.Tensor) -> torch.Tensor:
-    return x
+class LinearGroup:
+    """Linears that take the same input: ``x: [T, in]``, or what was prepared for all of them -> [T, out] of each."""
+
+    def __init__(self, linears: Sequence[PreparingLinear]) -> None:
+        self._linears = linears
+
+    def __call__(self, x: object) -> tuple[torch.Tensor, ...]:
+        return tuple(linear(x) for linear in self._linears)
+
+
+class JoinedLinears(LinearGroup):
+    """The same as one product, whose columns are handed out: their rows are strided."""
+
+    def __init__(self, linears: Sequence[nn.Module], joined: nn.Module) -> None:
+        self._joined = joined
+        self._sizes = [linear.weight.shape[0] for linear in linears]
+
+    def __call__(self, x: object) -> tuple[torch.Tensor, ...]:
+        product: torch.Tensor = self._joined(x)
+        return product.split(self._sizes, dim=1)
+
+
+def group_linears(*linears: nn.Module, is_joined: bool) -> LinearGroup:
+    """``is_joined``: as one product, where their format can. Before weights are loaded: parameters are made anew."""
+    kind = type(linears[0])
+    joined = kind.try_join(linears) if is_joined and all(type(linear) is kind for linear in linears) else None
+    return LinearGroup(linears) if joined is None else JoinedLinears(linears, joined)
 
 
 def build_linear(schemes: Schemes, name: str, in_features: int, out_features: int) -> nn.Module:
@@ -68,8 +87,9 @@ def build_row_parallel(schemes: Schemes, name: str, in_features: int, out_featur
 class Fp32Linear(PlainLinear):
     """A linear whose output is float32 whatever its input, and which is never quantised: index weights."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_fp32(x, self.weight)
+    def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """``factor``: what every output is multiplied by."""
+        return linear_fp32(x, self.weight, factor)
 
 
 class VocabParallelHead(Fp32Linear):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from argosy.layers.linear import build_column_parallel, build_row_parallel
+from argosy.quantization.preparation import Preparation
 from argosy.quantization.scheme import Schemes
 
 
@@ -20,5 +21,11 @@ class GatedMLP(nn.Module):
         )
         self.down_proj = build_row_parallel(schemes, "down_proj", intermediate_size, hidden_size, tp_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.down_proj.prepare_gated(self.gate_up_proj(x)))
+    @property
+    def preparation(self) -> Preparation:
+        """What its input can be prepared by."""
+        return self.gate_up_proj.preparation
+
+    def forward(self, x: object) -> torch.Tensor:
+        """``x: [T, hidden_size]``, or what ``preparation`` made of it."""
+        return self.down_proj(self.down_proj.preparation.prepare_gated(self.gate_up_proj(x)))

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from argosy.kernels import add_rms_norm, rms_norm
+from argosy.quantization.preparation import NormedRows, Preparation
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,10 @@ class RMSNorm(nn.Module):
     def add(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x: [T, n]``, ``delta: [T, n]`` -> (norm of their sum, the sum), both in x's dtype."""
         return add_rms_norm(x, delta, self.weight, self.eps)
+
+    def prepare(self, x: torch.Tensor, delta: torch.Tensor | None, preparation: Preparation) -> NormedRows:
+        """Norm of ``x + delta``, or of ``x`` for None, and what ``preparation`` makes of it."""
+        return preparation.prepare_normed(x, delta, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -2,5 +2,15 @@
 
 from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
 from argosy.platforms.select import select_platform
+from argosy.platforms.side_lane import NoSideLane, SideLane, SideWork
 
-__all__ = ["DeviceGraph", "HostCopy", "MemoryInfo", "Platform", "select_platform"]
+__all__ = [
+    "DeviceGraph",
+    "HostCopy",
+    "MemoryInfo",
+    "NoSideLane",
+    "Platform",
+    "SideLane",
+    "SideWork",
+    "select_platform",
+]

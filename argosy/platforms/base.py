@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from argosy.platforms.side_lane import SideLane
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
@@ -85,6 +87,10 @@ class Platform(ABC):
 
         Later replays read the same input tensors and write the same output.
         """
+
+    @abstractmethod
+    def new_side_lane(self) -> SideLane:
+        """For small work of recorded steps, which leaves room for more beside it; the null twin where there is none."""
 
     @abstractmethod
     def peak_bytes(self) -> int | None:

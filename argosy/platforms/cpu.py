@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
+from argosy.platforms.side_lane import NoSideLane
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,9 @@ class CpuPlatform(Platform):
             output.copy_(run())
 
         return DeviceGraph(output, replay)
+
+    def new_side_lane(self) -> NoSideLane:
+        return NoSideLane()
 
     def peak_bytes(self) -> int | None:
         return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -18,6 +19,39 @@ class PinnedCopy:
     def wait(self) -> torch.Tensor:
         self.event.synchronize()
         return self.tensor
+
+
+T = TypeVar("T")
+
+
+class StreamWork(Generic[T]):
+    """Work on another stream. It holds on to what was computed from, so that nobody gets that memory before."""
+
+    def __init__(self, value: T, is_done: torch.cuda.Event, compute: Callable[[], T]) -> None:
+        self._value, self._is_done, self._compute = value, is_done, compute
+
+    def wait(self) -> T:
+        self._is_done.wait()
+        return self._value
+
+
+class StreamLane:
+    """A second stream.
+
+    NOTE(order): torch gives memory that was freed to the stream that had it. The lane's own is given out again from
+    ``start`` on, which waits for all that read it; what it reads of others' is held until the work is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def start(self, compute: Callable[[], T]) -> StreamWork[T]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            value = compute()
+            is_done = torch.cuda.Event()
+            is_done.record()
+        return StreamWork(value, is_done, compute)
 
 
 class CudaPlatform(Platform):
@@ -72,6 +106,9 @@ class CudaPlatform(Platform):
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             output = run()
         return DeviceGraph(output, graph.replay)
+
+    def new_side_lane(self) -> StreamLane:
+        return StreamLane()
 
     def peak_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated()

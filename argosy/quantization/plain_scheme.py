@@ -5,34 +5,32 @@ It loads nothing and knows no names. Invariant: weights are [out, in], as checkp
 Shape letters: T tokens, D hidden, e local experts, F expert width, M sorted rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from argosy.distributed.ep_types import DispatchedTokens
-from argosy.kernels import grouped_mlp, grouped_mlp_masked, silu_mul, weighted_mlp
+from argosy.kernels import grouped_mlp, grouped_mlp_masked, weighted_mlp
 from argosy.quantization.linear_shape import LinearShape
+from argosy.quantization.preparation import NoPreparation
 
 
-class UnpreparedInput:
-    """Of linears that take their input as it is: the null twin of ``W8A8Linear.prepare``."""
-
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def prepare_gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return silu_mul(gate_up)
-
-
-class PlainLinear(UnpreparedInput, nn.Module):
+class PlainLinear(nn.Module):
     """``x: [T, in]`` -> [T, out] in the weight's dtype. The weight is uninitialised until the loader fills it."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.preparation = NoPreparation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
+
+    @classmethod
+    def try_join(cls, linears: Sequence["PlainLinear"]) -> None:
+        """Never: cuBLAS is asked for what it was ever asked for."""
 
 
 class PlainExperts(nn.Module):
@@ -47,6 +45,7 @@ class PlainExperts(nn.Module):
         down = torch.empty(*order, expert_width, dtype=dtype)
         self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
         self.down_proj = nn.Parameter(down.transpose(0, 1) if is_cpu else down, requires_grad=False)
+        self.preparation = NoPreparation()
 
     def forward(self, dispatched: DispatchedTokens) -> torch.Tensor:
         """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D], [e, capacity, D] or [T, D]."""

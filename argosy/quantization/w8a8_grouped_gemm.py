@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from argosy.distributed.ep_types import DispatchedTokens
-from argosy.kernels import grouped_mlp_w8a8, grouped_mlp_w8a8_masked
+from argosy.kernels import grouped_mlp_w8a8, grouped_mlp_w8a8_masked, grouped_mlp_w8a8_quantized
+from argosy.quantization.preparation import Int8Preparation
 
 
 class W8A8Experts(nn.Module):
@@ -20,18 +21,16 @@ class W8A8Experts(nn.Module):
         super().__init__()
         self.gate_up_proj, self.gate_up_proj_scale = _empty_matrices(num_local_experts, 2 * expert_width, hidden_size)
         self.down_proj, self.down_proj_scale = _empty_matrices(num_local_experts, hidden_size, expert_width)
+        self.preparation = Int8Preparation()
 
     def forward(self, dispatched: DispatchedTokens) -> torch.Tensor:
         """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D] or [e, capacity, D]."""
+        matrices = self.gate_up_proj, self.gate_up_proj_scale, self.down_proj, self.down_proj_scale
+        counts, rows = dispatched.num_tokens_per_expert, dispatched.quantized
+        if rows is not None:
+            return grouped_mlp_w8a8_quantized(rows.numbers, rows.scale, *matrices, counts, rows.dtype)
         compute = grouped_mlp_w8a8_masked if dispatched.is_padded else grouped_mlp_w8a8
-        return compute(
-            dispatched.hidden_states,
-            self.gate_up_proj,
-            self.gate_up_proj_scale,
-            self.down_proj,
-            self.down_proj_scale,
-            dispatched.num_tokens_per_expert,
-        )
+        return compute(dispatched.hidden_states, *matrices, counts)
 
 
 def _empty_matrices(num_experts: int, out_size: int, in_size: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -6,21 +6,15 @@ named and shaped as in the checkpoint.
 Shape letters: T tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from argosy.kernels import linear_w8a8_quantized, quantize_per_token, silu_mul_quantize
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedRows:
-    """A linear's input, quantised once for all linears that take it."""
-
-    numbers: torch.Tensor  # [T, in] int8
-    scale: torch.Tensor  # [T, 1] float32
-    dtype: torch.dtype  # what it was, and what linears make of it
+from argosy.distributed.ep_types import QuantizedRows
+from argosy.kernels import linear_w8a8_quantized
+from argosy.quantization.joined_rows import share_rows
+from argosy.quantization.preparation import Int8Preparation
 
 
 class W8A8Linear(nn.Module):
@@ -30,13 +24,16 @@ class W8A8Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.int8), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(out_features, 1, dtype=torch.float32), requires_grad=False)
-
-    def prepare(self, x: torch.Tensor) -> QuantizedRows:
-        return QuantizedRows(*quantize_per_token(x), x.dtype)
-
-    def prepare_gated(self, gate_up: torch.Tensor) -> QuantizedRows:
-        return QuantizedRows(*silu_mul_quantize(gate_up), gate_up.dtype)
+        self.preparation = Int8Preparation()
 
     def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        rows = x if isinstance(x, QuantizedRows) else self.prepare(x)
+        rows = x if isinstance(x, QuantizedRows) else self.preparation.prepare(x)
         return linear_w8a8_quantized(rows.numbers, rows.scale, self.weight, self.weight_scale, rows.dtype)
+
+    @classmethod
+    def try_join(cls, linears: Sequence["W8A8Linear"]) -> "W8A8Linear | None":
+        """One linear with the outputs of all, in their order; from now on they hold views of its parameters."""
+        joined = cls(linears[0].weight.shape[1], sum(len(linear.weight) for linear in linears))
+        share_rows(joined, linears, "weight")
+        share_rows(joined, linears, "weight_scale")
+        return joined

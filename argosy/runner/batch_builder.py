@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
-from argosy.kernels import RotaryTable
+from argosy.kernels import RotaryTable, rotary_rows
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
 from argosy.messages import ScheduledBatch
 from argosy.runner.row_table import RowTable
-from argosy.runner.transfer import send
+from argosy.runner.transfer import send_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +52,26 @@ class BatchBuilder:
         positions = np.arange(batch.num_tokens) - np.repeat(ends - scheduled - computed, scheduled)
         sampled = np.flatnonzero(seq_lens == self._table.num_tokens[rows])
         late = np.flatnonzero(seq_lens > self._table.num_known_tokens[rows])  # their last token is not known yet
-        position_tensor = self._to_device(positions)
-        input_ids = self._to_device(self._table.token_ids[rows[entry], positions].astype(np.int64))
-        late_tokens, late_rows, device_rows = self._to_device(
-            np.concatenate((ends[late] - 1, rows[late], rows[sampled]))
-        ).split((len(late), len(late), len(sampled)))
+        input_ids, position_tensor, logits_indices, late_tokens, late_rows, device_rows, *attention = send_together(
+            (
+                self._table.token_ids[rows[entry], positions].astype(np.int64),
+                positions,
+                ends[sampled] - 1,
+                ends[late] - 1,
+                rows[late],
+                rows[sampled],
+                *self._attention_arrays(rows, scheduled, seq_lens, self._slots(rows[entry], positions)),
+            ),
+            self._device,
+        )
         if late.size:
             input_ids[late_tokens] = self.last_token_ids[late_rows]
         forward = ForwardBatch(
             input_ids=input_ids,
             positions=position_tensor,
-            rotary=self._rotary.at(position_tensor),
-            attention=self._build_attention(rows, computed, scheduled, seq_lens, self._slots(rows[entry], positions)),
-            logits_indices=self._to_device(ends[sampled] - 1),
+            rotary=rotary_rows(self._rotary, position_tensor),
+            attention=_build_attention(*attention, computed, scheduled),
+            logits_indices=logits_indices,
             exchange=exchange,
         )
         return BuiltBatch(forward, sampled, rows[sampled], device_rows)
@@ -72,14 +79,15 @@ class BatchBuilder:
     def build_dummy(self, exchange: ExchangePlan) -> ForwardBatch:
         """One token of nobody, at position 0: it attends to the null block and writes no slot."""
         one = np.ones(1, dtype=np.int64)
-        position_tensor = self._to_device(0 * one)
-        attention = self._build_attention(0 * one, 0 * one, one, one, -one)
+        arrays = 0 * one, 0 * one, one[:0], *self._attention_arrays(0 * one, one, one, -one)
+        input_ids, position_tensor, logits_indices, *tensors = send_together(arrays, self._device)
+        attention = _build_attention(*tensors, 0 * one, one)
         return ForwardBatch(
-            input_ids=self._to_device(0 * one),
+            input_ids=input_ids,
             positions=position_tensor,
-            rotary=self._rotary.at(position_tensor),
+            rotary=rotary_rows(self._rotary, position_tensor),
             attention=dataclasses.replace(attention, block_table=torch.zeros_like(attention.block_table)),
-            logits_indices=self._to_device(one[:0]),
+            logits_indices=logits_indices,
             exchange=exchange,
         )
 
@@ -88,33 +96,42 @@ class BatchBuilder:
         blocks = self._table.block_table[row_of_token, positions // block_size].astype(np.int64)
         return blocks * block_size + positions % block_size
 
-    def _build_attention(
-        self, rows: np.ndarray, computed: np.ndarray, scheduled: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray
-    ) -> AttentionMetadata:
-        is_prefill = scheduled != 1
-        num_decodes = int(is_prefill.argmax()) if is_prefill.any() else len(rows)
-        max_seq_len = int(seq_lens.max())
-        max_blocks = (max_seq_len + self._table.block_size - 1) // self._table.block_size
+    def _attention_arrays(
+        self, rows: np.ndarray, scheduled: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """query_start_loc, seq_lens, slot_mapping and block_table of ``AttentionMetadata``."""
+        max_blocks = (int(seq_lens.max()) + self._table.block_size - 1) // self._table.block_size
         starts = np.concatenate(([0], scheduled.cumsum()))
-        segments = tuple(
-            PrefillSegment(
-                row=i, start=int(starts[i]), num_tokens=int(scheduled[i]), num_computed_tokens=int(computed[i])
-            )
-            for i in range(num_decodes, len(rows))
-        )
-        return AttentionMetadata(
-            query_start_loc=self._to_device(starts.astype(np.int32)),
-            seq_lens=self._to_device(seq_lens.astype(np.int32)),
-            slot_mapping=self._to_device(slots),
-            block_table=self._to_device(self._table.block_table[rows, :max_blocks]),
-            max_query_len=int(scheduled.max()),
-            max_seq_len=max_seq_len,
-            max_decode_seq_len=int(seq_lens[:num_decodes].max()) if num_decodes else 0,
-            min_decode_seq_len=int(seq_lens[:num_decodes].min()) if num_decodes else 0,
-            num_decode_tokens=num_decodes,
-            num_prefill_tokens=len(slots) - num_decodes,
-            prefill_segments=segments,
-        )
+        block_table = self._table.block_table[rows, :max_blocks]
+        return starts.astype(np.int32), seq_lens.astype(np.int32), slots, block_table
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return send(array, self._device)
+
+def _build_attention(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    computed: np.ndarray,
+    scheduled: np.ndarray,
+) -> AttentionMetadata:
+    """The tensors as they are; what the host must know, from ``computed`` and ``scheduled`` tokens of each row."""
+    lengths, starts = computed + scheduled, scheduled.cumsum() - scheduled
+    is_prefill = scheduled != 1
+    num_decodes = int(is_prefill.argmax()) if is_prefill.any() else len(scheduled)
+    segments = tuple(
+        PrefillSegment(row=i, start=int(starts[i]), num_tokens=int(scheduled[i]), num_computed_tokens=int(computed[i]))
+        for i in range(num_decodes, len(scheduled))
+    )
+    return AttentionMetadata(
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        slot_mapping=slot_mapping,
+        block_table=block_table,
+        max_query_len=int(scheduled.max()),
+        max_seq_len=int(lengths.max()),
+        max_decode_seq_len=int(lengths[:num_decodes].max()) if num_decodes else 0,
+        min_decode_seq_len=int(lengths[:num_decodes].min()) if num_decodes else 0,
+        num_decode_tokens=num_decodes,
+        num_prefill_tokens=slot_mapping.shape[0] - num_decodes,
+        prefill_segments=segments,
+    )

@@ -20,10 +20,10 @@ import torch
 
 from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN
-from argosy.kernels import RotaryTable
+from argosy.kernels import RotaryTable, fill_decode_inputs, rotary_rows
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch
 from argosy.models.deepseek.model import DeepseekV32Model
-from argosy.platforms import DeviceGraph, Platform
+from argosy.platforms import DeviceGraph, Platform, SideLane
 
 # Between neighbours at most a third of a batch is padding, from 8 on; each size costs a recording at the start.
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -75,16 +75,11 @@ class StaticInputs:
 
     def fill(self, batch: ForwardBatch) -> None:
         """Copy the batch into the first rows; what stands behind them becomes padding."""
-        attention, num_rows = batch.attention, batch.num_tokens
-        self.input_ids[:num_rows].copy_(batch.input_ids)
-        self.positions[:num_rows].copy_(batch.positions)
-        self.slot_mapping[:num_rows].copy_(attention.slot_mapping)
-        self.seq_lens[:num_rows].copy_(attention.seq_lens)
-        self.block_table[:num_rows, : attention.block_table.shape[1]].copy_(attention.block_table)
-        if num_rows < self.input_ids.shape[0]:
-            # Ids, positions and blocks that an earlier batch left behind are read, and nothing comes of them.
-            self.slot_mapping[num_rows:].fill_(-1)
-            self.seq_lens[num_rows:].fill_(1)
+        attention = batch.attention
+        fill_decode_inputs(
+            (self.input_ids, self.positions, self.slot_mapping, self.seq_lens, self.block_table),
+            (batch.input_ids, batch.positions, attention.slot_mapping, attention.seq_lens, attention.block_table),
+        )
 
 
 class GraphRunner:
@@ -96,13 +91,18 @@ class GraphRunner:
         cache: MLAKVCache,
         rotary: RotaryTable,
         *,
+        side_lane: SideLane,
         batch_sizes: tuple[int, ...],
         lengths: tuple[int, ...],
     ) -> None:
         self._model, self._cache, self._rotary = model, cache, rotary
         self._batch_sizes, self._lengths = batch_sizes, lengths
         num_blocks = -(-lengths[-1] // cache.block_size)
-        self._inputs = StaticInputs.allocate(batch_sizes[-1], num_blocks, rotary.cos.device)
+        device = rotary.cos.device
+        self._inputs = StaticInputs.allocate(batch_sizes[-1], num_blocks, device)
+        self._query_start_loc = torch.arange(batch_sizes[-1] + 1, dtype=torch.int32, device=device)
+        self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._side_lane = side_lane
         self._graphs: dict[tuple[int, int], DeviceGraph] = {}
 
     @classmethod
@@ -118,7 +118,8 @@ class GraphRunner:
         on_capture: OnCapture | None = None,
     ) -> "GraphRunner":
         """Run and record every size; the largest first, whose memory the others use again."""
-        runner = cls(model, cache, rotary, batch_sizes=batch_sizes, lengths=lengths)
+        side_lane = platform.new_side_lane()
+        runner = cls(model, cache, rotary, side_lane=side_lane, batch_sizes=batch_sizes, lengths=lengths)
         pool = platform.new_graph_pool()
         keys = list(itertools.product(reversed(batch_sizes), reversed(lengths)))
         for i, (size, length) in enumerate(keys):
@@ -152,9 +153,8 @@ class GraphRunner:
     @torch.inference_mode()
     def _forward(self, inputs: StaticInputs, length: int) -> torch.Tensor:
         size = inputs.input_ids.shape[0]
-        device = inputs.input_ids.device
         attention = AttentionMetadata(
-            query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=device),
+            query_start_loc=self._query_start_loc[: size + 1],
             seq_lens=inputs.seq_lens,
             slot_mapping=inputs.slot_mapping,
             block_table=inputs.block_table,
@@ -169,10 +169,11 @@ class GraphRunner:
         batch = ForwardBatch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
-            rotary=self._rotary.at(inputs.positions),
+            rotary=rotary_rows(self._rotary, inputs.positions),
             attention=attention,
-            logits_indices=torch.zeros(0, dtype=torch.int64, device=device),  # rows are taken outside
+            logits_indices=self._no_rows,  # rows are taken outside
             exchange=SINGLE_RANK_PLAN,
+            side_lane=self._side_lane,
         )
         hidden_states: torch.Tensor = self._model(batch, self._cache)
         return hidden_states

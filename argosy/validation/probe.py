@@ -79,7 +79,8 @@ class ModelProbe:
         cache, batches = self._plan([[0] * num_tokens], num_tokens)
         (_, _, batch) = batches[0]
         layer = self._model.model.layers[layer_id]
-        return layer(hidden_in.to(self._device, self._dtype), batch, cache.layer(layer_id))
+        hidden_states, delta = layer(hidden_in.to(self._device, self._dtype), None, batch, cache.layer(layer_id))
+        return hidden_states + delta
 
     def _plan(
         self, prompts: list[list[int]], chunk_size: int

@@ -8,7 +8,7 @@ Random routing with a spread such that the busiest of 256 experts gets about twi
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -17,14 +17,14 @@ from argosy.kernels import device_w8a8, reference_w8a8
 from argosy.kernels.triton.quantize import quantize_per_token
 from argosy.kernels.triton.w8a8 import linear_w8a8, linear_w8a8_quantized
 from argosy.kernels.triton.w8a8_few_rows import NARROW_TILES, NarrowTile, SplitTile, w8a8_few_rows
-from argosy.kernels.triton.w8a8_gemm import Tile, w8a8_grouped_gemm
+from argosy.kernels.triton.w8a8_gemm import HopperTile, Tile, choose_tile, w8a8_grouped_gemm
 from benchmarks.gpu.measure import Case, relative_error
 
 HIDDEN_SIZE, EXPERT_WIDTH, NUM_EXPERTS, TOP_K = 7168, 2048, 256, 8
 ROUTING_SPREAD = 0.33
 # (in, out)
 LINEARS = (
-    *((7168, 128), (7168, 576), (7168, 1536), (7168, 4096), (7168, 36864), (1536, 8192), (1536, 24576)),
+    *((7168, 2240), (7168, 4096), (7168, 36864), (1536, 8192), (1536, 24576)),
     *((2048, 7168), (16384, 7168), (18432, 7168)),
 )
 NUMS_FEW_ROWS = (1, 16, 64, 128)
@@ -37,9 +37,28 @@ NUM_SPECIFIED_ROWS = 2  # compared with the specification itself, which is slow;
 Result = TypeVar("Result")
 
 # The candidates. At most a handful each: they are compared in one run on a card, and the best goes into the tables.
-FEW_ROWS_LINEARS = ((7168, 1536), (7168, 4096), (16384, 7168), (1536, 24576))
+FEW_ROWS_LINEARS = ((7168, 2240), (7168, 4096), (2048, 7168), (16384, 7168), (1536, 24576))
+WHOLE = 2**20  # no K is longer: a split tile that walks all of it
 FEW_ROWS_TILES = {
-    16: (*NARROW_TILES, NarrowTile(64, 512, 5, 4), NarrowTile(16, 512, 8, 8), SplitTile(32, 64, 256, 6, 4, 512)),
+    1: (
+        *NARROW_TILES,
+        *(replace(tile, block_rows=8) for tile in NARROW_TILES),
+        NarrowTile(16, 1024, 5, 4, 8),
+        NarrowTile(32, 512, 4, 4, 8),
+        SplitTile(16, 64, 256, 6, 4, 512),
+        SplitTile(16, 64, 256, 6, 4, WHOLE),
+        SplitTile(16, 64, 512, 5, 4, WHOLE),
+    ),
+    16: (
+        *NARROW_TILES,
+        NarrowTile(64, 512, 4, 8),
+        NarrowTile(16, 512, 5, 4),
+        NarrowTile(16, 512, 8, 8),
+        SplitTile(16, 64, 256, 6, 4, 512),
+        SplitTile(16, 64, 256, 6, 4, WHOLE),
+        SplitTile(16, 64, 512, 5, 4, WHOLE),
+        SplitTile(16, 128, 256, 5, 4, 1024),
+    ),
     32: (SplitTile(32, 64, 256, 8, 4, 512), SplitTile(32, 128, 256, 5, 4, 1024), NarrowTile(32, 512, 6, 4, 32)),
     64: (SplitTile(64, 64, 128, 10, 4, 512), SplitTile(64, 256, 128, 5, 8, 1024), SplitTile(64, 128, 128, 6, 4, 2048)),
     128: (
@@ -49,6 +68,15 @@ FEW_ROWS_TILES = {
     ),
     256: (SplitTile(256, 128, 128, 4, 8, 2048), SplitTile(256, 64, 128, 4, 8, 2048)),
 }
+# One program a multiprocessor, or two, that go from tile to tile; flat ones load the next tile's first blocks before
+# this one's results are written.
+PERSISTENT_ROWS = (1, 16)
+PERSISTENT_TILES = (
+    Tile(16, 64, 256, 6, 4, True, num_resident=2),
+    Tile(16, 64, 256, 6, 4, True, num_resident=2, is_flat=True),
+    Tile(16, 64, 512, 5, 4, True, is_flat=True),
+    Tile(16, 128, 256, 5, 4, True, is_flat=True),
+)
 DENSE_TILES = (
     Tile(256, 128, 128, 4, 8, False, 4),
     Tile(256, 128, 128, 4, 8, False, 4, is_flat=True),
@@ -70,6 +98,17 @@ GATED_EXPERT_TILES = (
     Tile(128, 64, 128, 3, 4, False, tail_rows=64, num_resident=2),
     Tile(64, 128, 128, 4, 8, False),
     Tile(128, 64, 128, 3, 4, False, num_resident=2),
+)
+# Predictions for an H200, as shares of the chosen tile's speed, from a simulation of the ring: without a lead 0.99 at K
+# 7168 and 0.97 at K 1536 (both groups write at once); with 2 blocks 0.97 to 1.01 (fewer buffers hide the copies); half
+# blocks of K 0.95 to 1.03 (a finer lead, twice as many waits); half as wide 0.8 to 0.95 (a third more bytes from L2).
+HOPPER_TILES = (
+    HopperTile(),
+    HopperTile(lead=0),
+    HopperTile(lead=2),
+    HopperTile(block_k=64, num_stages=8, lead=3),
+    HopperTile(walked_tiles=16),
+    HopperTile(box_n=64, num_stages=6),
 )
 
 
@@ -93,12 +132,15 @@ def candidates() -> Iterator[Case]:
             problem = draw_linear(rows, *sizes)
             for tile in tiles:
                 yield build_few_rows(problem, tile)
+            if rows in PERSISTENT_ROWS:
+                for persistent in PERSISTENT_TILES:
+                    yield build_few_rows(problem, persistent)
     for sizes in MANY_ROWS_LINEARS:
         dense = draw_experts(torch.tensor([MANY_ROWS]), *sizes)
-        for tile in DENSE_TILES:
+        for tile in (*HOPPER_TILES, *DENSE_TILES):
             yield build_experts(dense, f"{sizes[0]} -> {sizes[1]}", tile)
     for name, counts in (fill_evenly(), route(TOKENS[-1])):
-        yield from build_mlp(name, counts, GATED_EXPERT_TILES, PLAIN_EXPERT_TILES)
+        yield from build_mlp(name, counts, (*HOPPER_TILES, *GATED_EXPERT_TILES), (*HOPPER_TILES, *PLAIN_EXPERT_TILES))
 
 
 @dataclass(frozen=True)
@@ -143,11 +185,13 @@ class Replayed(Generic[Result]):
         return out
 
 
-def describe_tile(tile: Tile | NarrowTile | SplitTile) -> str:
+def describe_tile(tile: Tile | HopperTile | NarrowTile | SplitTile) -> str:
+    if isinstance(tile, HopperTile):
+        return f"tile hopper 128x{2 * tile.box_n}x{tile.block_k} s{tile.num_stages} l{tile.lead} g{tile.walked_tiles}"
     kind = {Tile: "", NarrowTile: " narrow", SplitTile: " split"}[type(tile)]
     shape = f"{tile.block_rows}x{tile.block_n}x{tile.block_k} s{tile.num_stages} w{tile.num_warps}"
     if isinstance(tile, SplitTile):
-        return f"tile{kind} {shape} k{tile.min_split}"
+        return f"tile{kind} {shape} {'whole' if tile.min_split == WHOLE else f'k{tile.min_split}'}"
     if isinstance(tile, NarrowTile):
         return f"tile{kind} {shape}"
     tail, flat = f" tail{tile.tail_rows}" if tile.tail_rows else "", " flat" if tile.is_flat else ""
@@ -185,11 +229,20 @@ def route(num_tokens: int) -> tuple[str, torch.Tensor]:
     return f"{NUM_EXPERTS}, {num_tokens} tokens", counts
 
 
-def build_few_rows(linear: Linear, tile: NarrowTile | SplitTile | None) -> Case:
-    """``tile``: None takes what the kernels choose."""
+def build_few_rows(linear: Linear, tile: NarrowTile | SplitTile | Tile | None) -> Case:
+    """``tile``: None takes what the kernels choose; a ``Tile`` is the persistent kernel's, for one expert."""
     inputs = linear.x, linear.x_scale, linear.weight, linear.weight_scale, torch.bfloat16
     (rows, in_features), out_features = linear.x.shape, len(linear.weight)
-    run = Replayed(lambda: w8a8_few_rows(*inputs, tile=tile) if tile else linear_w8a8_quantized(*inputs))
+
+    def multiply() -> torch.Tensor:
+        if tile is None:
+            return linear_w8a8_quantized(*inputs)
+        if isinstance(tile, Tile):
+            stack = linear.weight.unsqueeze(0), linear.weight_scale.unsqueeze(0)
+            return w8a8_grouped_gemm(linear.x, linear.x_scale, *stack, None, torch.bfloat16, tile=tile)
+        return w8a8_few_rows(*inputs, tile=tile)
+
+    run = Replayed(multiply)
 
     def check() -> None:
         out = run()
@@ -234,7 +287,10 @@ def build_quantising(sizes: tuple[int, int]) -> Case:
 
 
 def build_mlp(
-    name: str, counts: torch.Tensor, gated_tiles: tuple[Tile | None, ...], plain_tiles: tuple[Tile | None, ...]
+    name: str,
+    counts: torch.Tensor,
+    gated_tiles: tuple[Tile | HopperTile | None, ...],
+    plain_tiles: tuple[Tile | HopperTile | None, ...],
 ) -> Iterator[Case]:
     """One case a tile; the inputs of both halves are not held at once."""
     experts = draw_experts(counts, HIDDEN_SIZE, 2 * EXPERT_WIDTH, is_gated=True)
@@ -245,10 +301,11 @@ def build_mlp(
         yield build_experts(experts, f"down {name}", tile)
 
 
-def build_experts(experts: Experts, name: str, tile: Tile | None) -> Case:
+def build_experts(experts: Experts, name: str, tile: Tile | HopperTile | None) -> Case:
     (rows, in_features), out_features = experts.x.shape, experts.weight.shape[1]
+    portable_tile = choose_tile(rows, len(experts.weight), experts.is_gated)
 
-    def run() -> torch.Tensor:
+    def run(tile: Tile | HopperTile | None = tile) -> torch.Tensor:
         return w8a8_grouped_gemm(
             experts.x,
             experts.x_scale,
@@ -273,7 +330,9 @@ def build_experts(experts: Experts, name: str, tile: Tile | None) -> Case:
         num_ops=2 * rows * out_features * in_features,
         num_bytes=count_bytes(rows, in_features, out_features, num_columns, int((experts.counts > 0).sum())),
         unit="int8",
-        alternatives={} if tile else {"torch, one by one": lambda: compute_by_torch(experts)},
+        alternatives={}
+        if tile
+        else {"Triton's loop": lambda: run(portable_tile), "torch, one by one": lambda: compute_by_torch(experts)},
     )
 
 

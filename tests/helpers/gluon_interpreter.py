@@ -2,11 +2,13 @@
 
 Layouts mean nothing here. What runs asynchronously on a card comes as late as it may: a copy's target holds NaN from
 its start until its group is waited for, and a product reads its operands when it is waited for. So a buffer that is
-written too early, or read too early, shows in the numbers; a forgotten barrier does not.
+written too early, or read too early, shows in the numbers; a forgotten barrier of all threads does not. Barriers in
+shared memory, the copies that complete them, and warps with programs of their own: ``gluon_partitions.py``.
 Invariant: nothing of Triton is changed; the kernel's module is executed a second time, under a name of its own.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,7 +17,9 @@ from unittest.mock import patch
 
 import torch
 
-DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+from tests.helpers.gluon_partitions import Descriptor, Partitions, spoil
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "int8", "int32", "int64")}
 
 
 def load_interpreted(module_name: str) -> SimpleNamespace:
@@ -28,8 +32,10 @@ def load_interpreted(module_name: str) -> SimpleNamespace:
     for name in ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait"):
         setattr(hopper, name, getattr(language, name))
     hopper.async_copy = language  # type: ignore[attr-defined]
+    hopper.mbarrier = hopper.tma = language.partitions  # type: ignore[attr-defined]
     gluon = ModuleType("gluon")
-    gluon.jit = lambda function: _Kernel(function, language)  # type: ignore[attr-defined]
+    gluon.jit = language.jit  # type: ignore[attr-defined]
+    gluon.constexpr_function = lambda function: language.layout  # type: ignore[attr-defined] # it makes layouts
     gluon.language = gl  # type: ignore[attr-defined]
     fakes = {"triton": ModuleType("triton"), "triton.experimental": ModuleType("experimental")}
     fakes["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
@@ -52,14 +58,25 @@ class _Kernel:
         return self._function(*arguments)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: object, num_warps: int, num_stages: int, **constants: object) -> None:
+        def launch(*arguments: object, num_warps: int, num_stages: int = 0, **constants: object) -> None:
             del num_warps, num_stages
-            placed = [_Pointer.to(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+            placed = [_place(value) for value in arguments]
             for program in range(grid[0]):
-                self._language.start(program)
+                self._language.start(program, grid[0])
                 self._function(*placed, **constants)
 
         return launch
+
+
+def _place(argument: object) -> object:
+    """As a kernel gets it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    if isinstance(argument, torch.Tensor):
+        return _Pointer.to(argument)
+    if isinstance(argument, TensorDescriptor):
+        return Descriptor(argument.base, argument.block_shape)
+    return argument
 
 
 @dataclass
@@ -88,6 +105,13 @@ class _Shared:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def slice(self, start: int, length: int) -> "_Shared":
+        return _Shared(self.values[start : start + length])
+
     def index(self, position: int) -> "_Shared":
         return _Shared(self.values[position])
 
@@ -102,6 +126,13 @@ class _Shared:
 @dataclass
 class _Product:
     compute: Callable[[], torch.Tensor]
+    before: "_Product | None" = None  # its sum so far, while that is not yet known
+    value: torch.Tensor | None = None  # when it was waited for
+
+    def finish(self) -> torch.Tensor:
+        value = self.compute()
+        self.compute, self.before = lambda: value, None
+        return value
 
 
 @dataclass
@@ -109,13 +140,21 @@ class _Language:
     """``gl`` and what lies beside it, as far as it is used."""
 
     program: int = 0
+    programs: int = 1
+    partitions: Partitions = field(default_factory=Partitions)
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     committed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    products: dict[int, list[_Product]] = field(default_factory=dict)  # of a thread: begun and not waited for
 
-    def start(self, program: int) -> None:
-        self.program = program
+    def start(self, program: int, programs: int) -> None:
+        self.program, self.programs = program, programs
+        self.partitions.start(program)
         self.copies.clear()
         self.committed.clear()
+        self.products.clear()
+
+    def jit(self, function: Callable[..., object] | None = None, **_: object) -> object:
+        return self.jit if function is None else _Kernel(function, self)
 
     # --- numbers
 
@@ -125,17 +164,41 @@ class _Language:
     def layout(self, *_: object, **__: object) -> None:
         return None
 
-    BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = layout
+    BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = DistributedLinearLayout = layout
+    DotOperandLayout = layout
 
     def program_id(self, axis: int) -> torch.Tensor:
         assert axis == 0
         return torch.tensor(self.program)
 
+    def num_programs(self, axis: int) -> torch.Tensor:
+        assert axis == 0
+        return torch.tensor(self.programs)
+
+    def warp_specialize(self, *arguments: Sequence) -> None:
+        self.partitions.warp_specialize(*arguments)
+
+    def static_range(self, end: int) -> range:
+        return range(end)
+
     def arange(self, start: int, end: int, layout: None) -> torch.Tensor:
-        return torch.arange(start, end)
+        return torch.arange(start, end, dtype=torch.int32)
+
+    def cast(self, x: torch.Tensor, dtype: torch.dtype, bitcast: bool) -> torch.Tensor:
+        assert bitcast
+        return x.view(dtype)
 
     def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: None) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype)
+
+    def zeros(self, shape: list[int], dtype: torch.dtype, layout: None) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def permute(self, x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+        return x.permute(*order)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.unbind(-1)
 
     def expand_dims(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         return x.unsqueeze(axis)
@@ -146,14 +209,14 @@ class _Language:
     def convert_layout(self, x: torch.Tensor, layout: None) -> torch.Tensor:
         return x
 
-    def where(self, condition: torch.Tensor, x: torch.Tensor | float, y: torch.Tensor | float) -> torch.Tensor:
-        return torch.where(condition, x, y)
+    def where(self, condition: torch.Tensor | bool, x: torch.Tensor | float, y: torch.Tensor | float) -> torch.Tensor:
+        return torch.where(torch.as_tensor(condition), x, y)
 
-    def maximum(self, x: torch.Tensor, y: torch.Tensor | int) -> torch.Tensor:
-        return torch.maximum(x, torch.as_tensor(y))
+    def maximum(self, x: torch.Tensor | int, y: torch.Tensor | int) -> torch.Tensor:
+        return torch.maximum(torch.as_tensor(x), torch.as_tensor(y))
 
-    def minimum(self, x: torch.Tensor, y: torch.Tensor | int) -> torch.Tensor:
-        return torch.minimum(x, torch.as_tensor(y))
+    def minimum(self, x: torch.Tensor | int, y: torch.Tensor | int) -> torch.Tensor:
+        return torch.minimum(torch.as_tensor(x), torch.as_tensor(y))
 
     def max(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         return x.amax(axis)
@@ -166,8 +229,8 @@ class _Language:
 
     # --- memory
 
-    def load(self, pointer: _Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
-        offset, mask = torch.broadcast_tensors(pointer.offset, mask)
+    def load(self, pointer: _Pointer, mask: torch.Tensor | bool = True, other: float = 0.0) -> torch.Tensor:
+        offset, mask = torch.broadcast_tensors(pointer.offset, torch.as_tensor(mask))
         values = torch.full(offset.shape, other, dtype=pointer.memory.dtype)
         values[mask] = pointer.memory[offset[mask]]
         return values
@@ -178,7 +241,9 @@ class _Language:
         pointer.memory[offset[mask]] = values[mask]
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: None) -> _Shared:
-        return _Shared(torch.full(shape, float("nan"), dtype=dtype))
+        shared = _Shared(torch.empty(shape, dtype=dtype))
+        spoil(shared.values)
+        return shared
 
     def async_copy_global_to_shared(self, shared: _Shared, pointer: _Pointer, mask: torch.Tensor) -> None:
         values = self.load(pointer, mask, 0.0)
@@ -204,21 +269,37 @@ class _Language:
     # --- products
 
     def warpgroup_mma_init(self, value: torch.Tensor) -> _Product:
-        return _Product(lambda: value)
+        return _Product(lambda: value, value=value)
 
     def warpgroup_mma(
-        self, a: _Shared, b: _Shared, total: torch.Tensor | _Product, *, use_acc: bool = True, is_async: bool
+        self,
+        a: _Shared | torch.Tensor,
+        b: _Shared,
+        total: torch.Tensor | _Product,
+        *,
+        use_acc: bool = True,
+        is_async: bool,
     ) -> _Product:
         assert is_async
+        rows = a if isinstance(a, torch.Tensor) else a.values
 
         def compute() -> torch.Tensor:
-            before = total.compute() if isinstance(total, _Product) else total
-            product = a.values.float() @ b.values.float()
+            before = total.finish() if isinstance(total, _Product) else total
+            exact = torch.float32 if before.dtype.is_floating_point else torch.float64
+            product = (rows.to(exact) @ b.values.to(exact)).to(before.dtype)
             return before + product if use_acc else product
 
-        return _Product(compute)
+        product = _Product(compute, total if isinstance(total, _Product) else None)
+        self.products.setdefault(threading.get_ident(), []).append(product)
+        return product
 
-    def warpgroup_mma_wait(self, num_outstanding: int, deps: list[_Product]) -> torch.Tensor:
-        assert num_outstanding == 0
-        (product,) = deps
-        return product.compute()
+    def warpgroup_mma_wait(
+        self, num_outstanding: int, deps: Sequence[_Product | torch.Tensor]
+    ) -> "torch.Tensor | _Product | tuple[torch.Tensor | _Product, ...]":
+        """Of the products of these warps all are done but the last ones."""
+        products = self.products.get(threading.get_ident(), [])
+        while len(products) > num_outstanding:
+            product = products.pop(0)
+            product.value = product.finish()
+        values = tuple(dep if isinstance(dep, torch.Tensor) or dep.value is None else dep.value for dep in deps)
+        return values[0] if len(values) == 1 else values

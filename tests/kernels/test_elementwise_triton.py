@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from argosy.kernels import reference, reference_cache_rows, reference_w8a8
+from argosy.kernels import reference, reference_cache_rows, reference_fp8, reference_paged, reference_w8a8
 from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import FP8, INT8, LatentRowLayout, NumberFormat
 
@@ -46,9 +46,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def fused() -> SimpleNamespace:
     pytest.importorskip("triton")
-    from argosy.kernels.triton import cache_write, norms, quantize, rotary
+    from argosy.kernels.triton import cache_write, decode_inputs, norms, quantize, rotary
 
-    return SimpleNamespace(cache_write=cache_write, norms=norms, quantize=quantize, rotary=rotary)
+    return SimpleNamespace(
+        cache_write=cache_write, decode_inputs=decode_inputs, norms=norms, quantize=quantize, rotary=rotary
+    )
 
 
 def draw_rows(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -137,6 +139,26 @@ def test_add_rms_norm(
 
 
 @pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+@pytest.mark.parametrize("width", (128, 300) if IS_INTERPRETED else (128, 300, 1536, 7168))
+@pytest.mark.parametrize("has_delta", (False, True))
+@pytest.mark.parametrize("has_ue8m0_scales", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_into_groups(
+    fused: SimpleNamespace, dtype: torch.dtype, has_ue8m0_scales: bool, has_delta: bool, width: int, num_tokens: int
+) -> None:
+    torch.manual_seed(num_tokens)
+    x, weight = draw_rows(num_tokens, width, dtype), draw_weight(width)
+    delta = draw_rows(num_tokens, width, dtype) if has_delta else None
+    normed, total, quantized, scale = fused.norms.rms_norm_quantize_groups(
+        x, delta, weight, EPS, has_ue8m0_scales=has_ue8m0_scales
+    )
+    assert torch.equal(total, x if delta is None else x + delta)
+    assert_close(normed, reference.rms_norm(total, weight, EPS))
+    expected, expected_scale = reference_fp8.quantize_groups(normed, has_ue8m0_scales=has_ue8m0_scales)
+    assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
 @pytest.mark.parametrize("width", (*WIDTHS, 1100))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(fused: SimpleNamespace, dtype: torch.dtype, width: int, num_tokens: int) -> None:
@@ -177,6 +199,48 @@ def test_rope(
     getattr(fused.rotary, f"rope_{layout}_")(x[..., 20:], rotary)
     assert_close(x, expected)
     assert torch.equal(x[..., :20], expected[..., :20])
+
+
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+@pytest.mark.parametrize(("num_heads", "rope_dim"), ROPE_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_into_another_tensor(
+    fused: SimpleNamespace, dtype: torch.dtype, num_heads: int, rope_dim: int, num_tokens: int
+) -> None:
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, num_heads, rope_dim + 20, device=DEVICE).to(dtype)
+    out = torch.randn(num_tokens, num_heads, rope_dim + 8, device=DEVICE).to(dtype)
+    rotary = draw_rotary(num_tokens, rope_dim)
+    expected = out.clone()
+    fused.rotary.rope_interleaved_into(x[..., 20:], rotary, out[..., 8:])
+    reference.rope_interleaved_into(x[..., 20:], rotary, expected[..., 8:])
+    assert_close(out, expected)
+    assert torch.equal(out[..., :8], expected[..., :8])
+
+
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+@pytest.mark.parametrize("rope_dim", (12, 64))
+def test_rotary_rows_are_looked_up(fused: SimpleNamespace, rope_dim: int, num_tokens: int) -> None:
+    angles = torch.rand(64, rope_dim // 2, device=DEVICE) * 6.28
+    table, positions = RotaryTable(angles.cos(), angles.sin()), torch.randint(64, (num_tokens,), device=DEVICE)
+    found, expected = fused.rotary.rotary_rows(table, positions), table.at(positions)
+    assert torch.equal(torch.view_as_real(found.turns), torch.view_as_real(expected.turns))
+    assert torch.equal(found.half_cos, expected.half_cos) and torch.equal(found.half_sin, expected.half_sin)
+
+
+@pytest.mark.parametrize(("num_rows", "num_blocks"), [(1, 1), (3, 5), (4, 9)])
+def test_decode_inputs_are_filled(fused: SimpleNamespace, num_rows: int, num_blocks: int) -> None:
+    def draw(rows: int, blocks: int) -> reference_paged.DecodeInputs:
+        ids, positions, slots = torch.randint(99, (3, rows), device=DEVICE).unbind(0)
+        lens, table = (torch.randint(99, size, dtype=torch.int32, device=DEVICE) for size in ((rows,), (rows, blocks)))
+        return ids, positions, slots, lens, table
+
+    torch.manual_seed(num_rows)
+    source, found = draw(num_rows, num_blocks), draw(4, 9)
+    expected = tuple(part.clone() for part in found)
+    fused.decode_inputs.fill_decode_inputs(found, source)
+    reference_paged.fill_decode_inputs(expected, source)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 # --- cache rows -------------------------------------------------------------------------------------------------------

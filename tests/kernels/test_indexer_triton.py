@@ -231,3 +231,56 @@ def test_choice_from_no_rows(chooser: ModuleType) -> None:
     table = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
     slots = chooser.select_topk_slots(scores, torch.empty(0, dtype=torch.int32, device=DEVICE), TOPK, table, 16)
     assert slots.shape == (0, TOPK)
+
+
+# --- the choice as bits -----------------------------------------------------------------------------------------------
+
+
+def assert_masked(chooser: ModuleType, scores: torch.Tensor, num_visible: list[int]) -> None:
+    """The specification's bits, whatever is behind ``num_visible``; whole vectors hold nothing else."""
+    num_rows, width = scores.shape
+    counts = torch.tensor(num_visible, device=DEVICE)
+    garbage = torch.where(torch.arange(width, device=DEVICE) < counts.unsqueeze(1), scores, float("nan"))
+    garbage[:, 1::2] = torch.where(garbage[:, 1::2].isnan(), float("inf"), garbage[:, 1::2])
+    mask = chooser.select_topk_mask(garbage, counts.int(), TOPK)
+    expected = reference.select_topk_mask(scores, counts, TOPK)
+    assert mask.dtype == torch.int32 and mask.stride(0) % 4 == 0 and torch.equal(mask, expected)
+    spare = mask.as_strided((num_rows, mask.stride(0)), mask.stride())[:, mask.shape[1] :]
+    assert not spare.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask(chooser: ModuleType, kind: str) -> None:
+    width = TOPK * 4 + 5
+    num_visible = [0, 1, TOPK - 1, TOPK, TOPK + 1, TOPK + 9, width - 3, width]
+    assert_masked(chooser, draw_scores(kind, len(num_visible), width), num_visible)
+
+
+@pytest.mark.parametrize("kind", ("normal", "ties"))
+@pytest.mark.parametrize("width", (1, 32, 33, TOPK, TOPK + 1, 5 * TOPK, 12 * TOPK))
+def test_mask_of_rows_of_any_length(chooser: ModuleType, width: int, kind: str) -> None:
+    """Several blocks of placed scores too."""
+    assert_masked(chooser, draw_scores(kind, 4, width), [width, 1, max(1, width - 1), width // 2])
+
+
+def test_mask_of_rows_of_a_wider_tensor(chooser: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "PLACED", 64)
+    wide = draw_scores("ties", 3, 32 * (TOPK // 8))
+    assert_masked(chooser, wide[:, : TOPK * 3 + 1], [TOPK * 3 + 1, TOPK * 2, 7])
+
+
+def test_mask_of_nothing(chooser: ModuleType) -> None:
+    counts = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    assert chooser.select_topk_mask(torch.empty(0, 100, device=DEVICE), counts, TOPK).shape == (0, 4)
+    counts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    assert chooser.select_topk_mask(torch.empty(3, 0, device=DEVICE), counts, TOPK).shape == (3, 0)
+
+
+def test_slots_and_mask_are_the_same_choice(chooser: ModuleType) -> None:
+    scores, width = draw_scores("ties", 3, TOPK * 3), TOPK * 3
+    counts = torch.tensor([width, TOPK + 3, 5], dtype=torch.int32, device=DEVICE)
+    table = torch.arange(-(-width // 16), dtype=torch.int32, device=DEVICE).unsqueeze(0)
+    slots = chooser.select_topk_slots(scores, counts, TOPK, table, 16)
+    is_chosen = reference.unpack_mask(chooser.select_topk_mask(scores, counts, TOPK), width)
+    for row in range(3):
+        assert torch.equal(is_chosen[row].nonzero().squeeze(1), slots[row][slots[row] >= 0])

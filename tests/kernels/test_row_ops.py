@@ -14,7 +14,7 @@ from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_message import pack_tokens, unpack
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
-from argosy.distributed.ep_types import PackedTokens, ReceivedRows, RowOps
+from argosy.distributed.ep_types import PackedTokens, QuantizedRows, ReceivedRows, RowOps
 from argosy.distributed.pending import Pending, Ready
 from argosy.kernels.select import select_row_ops, select_sum_rows
 from tests.helpers.tolerance import FP32_OP_ATOL
@@ -150,6 +150,26 @@ def test_rows_stand_by_expert(fused: RowOps, num_rows: int, k: int, is_padded: b
             assert torch.equal(fused_rows[:num_local], rows[:num_local])
 
 
+@pytest.mark.parametrize("num_scales", [1, 5])
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 128])
+def test_quantised_rows_stand_by_expert_with_their_scales(fused: RowOps, num_rows: int, num_scales: int) -> None:
+    _, ids, _ = draw_tokens(num_rows)
+    dtype = torch.int8 if num_scales == 1 else torch.float8_e4m3fn
+    numbers = torch.randint(0, 100, (num_rows, 144), dtype=torch.int8).to(DEVICE).view(dtype)
+    scale = torch.rand(num_scales, num_rows).to(DEVICE).t()  # columns contiguous
+    expert_map = torch.arange(NUM_EXPERTS + 1, dtype=torch.int32, device=DEVICE)
+    arguments = QuantizedRows(numbers, scale, torch.bfloat16), ids, expert_map, NUM_EXPERTS
+    rows, counts, row_ids = TWIN.arrange_quantized(*arguments)
+    fused_rows, fused_counts, fused_ids = fused.arrange_quantized(*arguments)
+    num_owned = int((ids >= 0).sum())
+    assert torch.equal(fused_counts, counts) and torch.equal(fused_ids, row_ids)
+    assert fused_rows.numbers.dtype == dtype and fused_rows.dtype == torch.bfloat16
+    assert fused_rows.numbers.shape == (ids.numel(), 144) and fused_rows.scale.shape == (ids.numel(), num_scales)
+    found, expected = (part.numbers[:num_owned].view(torch.uint8) for part in (fused_rows, rows))
+    assert torch.equal(found, expected)
+    assert torch.equal(fused_rows.scale[:num_owned], rows.scale[:num_owned])
+
+
 @pytest.mark.parametrize("hidden_size", [72, 7168])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 7])
@@ -177,4 +197,8 @@ def test_rows_are_summed(num_lines: int, hidden_size: int) -> None:
     for factors in (weights, None):
         out = sum_rows(rows, row_ids, factors, torch.float32)
         expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32)
+        torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)
+        addend = torch.randn(num_lines, hidden_size, generator=generator).to(DEVICE, torch.bfloat16)
+        out = sum_rows(rows, row_ids, factors, torch.float32, addend)
+        expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32, addend)
         torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)

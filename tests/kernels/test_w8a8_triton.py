@@ -1,11 +1,13 @@
 """INT8 products on the tensor cores against their specification: bit by bit, but for silu's last bits.
 
-On an NVIDIA card, or without one in Triton's interpreter, at small sizes:
+On an NVIDIA card, or without one in Triton's interpreter, at small sizes (what is written for Hopper alone runs in an
+interpreter of its own, ``tests/helpers/gluon_interpreter.py``):
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_w8a8_triton.py
 """
 
 import os
+import re
 from types import ModuleType
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from argosy.kernels import reference_w8a8
 from argosy.kernels.reference import silu_mul
+from tests.helpers.gluon_interpreter import load_interpreted
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -20,15 +23,18 @@ DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.float32, torch.bfloat16)
 # (in, out) of linears: DeepSeek's on a card; here such that tiles end inside a row, a column and a block of K.
 SIZES = ((80, 48),) if IS_INTERPRETED else ((7168, 1536), (1536, 24576), (16384, 7168), (7168, 576), (2048, 7168))
+SHARED_BYTES = 227 * 1024  # what a program may have on Hopper
 NUMS_ROWS = (0, 1, 7, 40, 300) if IS_INTERPRETED else (0, 1, 7, 16, 17, 33, 128, 200, 4096)
-
-pytestmark = pytest.mark.skipif(
-    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs an NVIDIA card, or TRITON_INTERPRET=1"
-)
 
 
 @pytest.fixture
-def fused() -> ModuleType:
+def device() -> None:
+    if not IS_INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA card, or TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def fused(device: None) -> ModuleType:
     pytest.importorskip("triton")
     from argosy.kernels.triton import w8a8
 
@@ -36,7 +42,7 @@ def fused() -> ModuleType:
 
 
 @pytest.fixture
-def few_rows() -> ModuleType:
+def few_rows(device: None) -> ModuleType:
     pytest.importorskip("triton")
     from argosy.kernels.triton import w8a8_few_rows
 
@@ -44,7 +50,7 @@ def few_rows() -> ModuleType:
 
 
 @pytest.fixture
-def gemm() -> ModuleType:
+def gemm(device: None) -> ModuleType:
     pytest.importorskip("triton")
     from argosy.kernels.triton import w8a8_gemm
 
@@ -203,6 +209,93 @@ def test_experts_in_every_walk(gemm: ModuleType, walk: dict[str, int], is_gated:
         assert torch.allclose(out, silu_mul(expected), rtol=1e-5, atol=1e-6)
     else:
         assert torch.equal(out, expected)
+
+
+# Rows of each expert: none at all; few and none before, between and behind; many tiles of one; both of a tile's groups
+# and one alone; and none anywhere. ``None``: one expert has all of 130 rows.
+HOPPER_COUNTS = ((0,), (5,), (0, 1, 0, 64, 65, 0), (128, 0, 0, 300, 129), (0, 0, 0), None)
+# (blocks of K, lead, buffers): fewer blocks than the lead and buffers, as many, and more.
+HOPPER_RINGS = ((1, 2, 4), (3, 3, 4), (9, 1, 4), (9, 0, 3))
+
+
+@pytest.fixture
+def small_hopper_tile(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How its boxes differ from the real one's; in the interpreter the kernel is put into place."""
+    if not IS_INTERPRETED:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper card")
+        return {}
+    module = load_interpreted("argosy.kernels.triton.w8a8_hopper")
+    monkeypatch.setattr(gemm, "multiply_on_hopper", module.multiply_on_hopper)
+    return {"box_n": 16, "block_k": 16}
+
+
+@pytest.mark.parametrize("is_gated", (False, True))
+@pytest.mark.parametrize("ring", HOPPER_RINGS)
+@pytest.mark.parametrize("counts", HOPPER_COUNTS, ids=str)
+def test_loop_for_hopper(
+    gemm: ModuleType,
+    small_hopper_tile: dict[str, int],
+    counts: tuple[int, ...] | None,
+    ring: tuple[int, int, int],
+    is_gated: bool,
+) -> None:
+    """Every program ends, and every row has its result; columns end inside a tile, and 3 rows are nobody's."""
+    num_blocks, lead, num_stages = ring
+    torch.manual_seed(num_blocks)
+    in_features = num_blocks * 16 if IS_INTERPRETED else num_blocks * 128 - 16
+    num_columns = 72 if IS_INTERPRETED else 1048
+    num_rows = 130 if counts is None else sum(counts) + 3
+    x = draw(num_rows, in_features)
+    weight, scale = draw(len(counts or (0,)), num_columns * (1 + is_gated), in_features)
+    device_counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    tile = gemm.HopperTile(num_stages=num_stages, lead=lead, walked_tiles=2, **small_hopper_tile)
+    inputs = *x, weight, scale, device_counts, torch.float32
+    out = gemm.w8a8_grouped_gemm(*inputs, is_gated=is_gated, tile=tile)
+    row = 0
+    for expert, count in enumerate(counts or (num_rows,)):
+        rows = slice(row, row + count)
+        expert_inputs = x[0][rows], x[1][rows], weight[expert], scale[expert]
+        expected = reference_w8a8.linear_w8a8_quantized(*expert_inputs, torch.float32)
+        if is_gated:
+            assert torch.allclose(out[rows], silu_mul(expected), rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(out[rows], expected)
+        row += count
+
+
+def test_loop_for_hopper_writes_only_its_rows(gemm: ModuleType, small_hopper_tile: dict[str, int]) -> None:
+    tile = gemm.HopperTile(**small_hopper_tile)
+    x, (weight, scale) = draw(100, 64), draw(2, 48, 64)
+    counts = torch.tensor((3, 70), dtype=torch.int32, device=DEVICE)
+    out = torch.full((100, 48), 7.0, device=DEVICE)
+    gemm._launch_on_hopper(*x, weight, scale, counts, out, False, tile)
+    assert (out[73:] == 7.0).all() and (out[:73] != 7.0).all()
+
+
+def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
+    for is_gated in (False, True):
+        assert isinstance(gemm.choose_tile(65 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(64 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile(65 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_loop_for_hopper_compiles(number: int) -> None:
+    """It fits into shared memory, waits for a block of products while the next runs, and stores 16 bytes at once."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    from tests.helpers.compiled.w8a8_gemm import HOPPER_KERNELS, compile_for_hopper
+
+    kernel = HOPPER_KERNELS[number]
+    ptx, shared_bytes = compile_for_hopper(kernel)
+    assert shared_bytes <= SHARED_BYTES, kernel.label
+    for instruction in kernel.instructions:
+        assert instruction in ptx, (kernel.label, instruction)
+    waits = re.findall(r"wgmma.wait_group.sync.aligned (\d)", ptx)
+    assert sorted(waits) == ["0", "0", "1", "1"], kernel.label
+    assert set(re.findall(r"st\.global[.\w]*", ptx)) == {"st.global.v4.b32"}, kernel.label
 
 
 def test_padded_experts(fused: ModuleType) -> None:

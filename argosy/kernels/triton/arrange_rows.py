@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+
 BLOCK_SIZE = 2048
 NUM_WARPS = 4
 # Entries that one program of the count reads at once, and its warps: for a decode step, and for more.
@@ -29,6 +31,21 @@ def arrange_sorted(
     counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
     rows = x.new_empty(topk_ids.numel() if num_rows is None else num_rows, x.shape[1])
     return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+
+
+def arrange_scaled(
+    x: torch.Tensor, scale: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``arrange_sorted``, for rows in 8 bits: ``x: [N, D]``, ``scale: [N, G]`` f32 of any strides.
+
+    -> rows [N * K, D], their scales [N * K, G], whose columns are contiguous, counts, row_ids.
+    """
+    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
+    rows = x.new_empty(topk_ids.numel(), x.shape[1])
+    row_scale = scale.new_empty(scale.shape[1], topk_ids.numel()).t()
+    scales = scale, row_scale
+    row_ids = _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts, scales)
+    return rows, row_scale, counts, row_ids
 
 
 def arrange_padded(
@@ -66,6 +83,7 @@ def _count_entries(
         NUM_IDS=topk_ids.shape[1],
         BLOCK=FEW_ENTRIES if is_few else MANY_ENTRIES,
         num_warps=FEW_WARPS if is_few else MANY_WARPS,
+        launch_pdl=IS_ON,
     )
     return counts, starts, places
 
@@ -78,32 +96,49 @@ def _copy_rows(
     places: torch.Tensor,
     rows: torch.Tensor,
     num_local_experts: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Writes ``rows`` -> row_ids [N, K] int64."""
+    """Writes ``rows``, and of ``scales`` the second from the first -> row_ids [N, K] int64."""
     row_ids = topk_ids.new_empty(topk_ids.shape, dtype=torch.int64)
     if topk_ids.shape[0] == 0:
         return row_ids
     num_blocks = triton.cdiv(x.shape[1], BLOCK_SIZE)
+    num_scales = scales[0].shape[1] if scales else 0
+    scale, row_scale = scales or (x, rows)  # a launch needs pointers
     _copy_rows_kernel[(x.shape[0] * num_blocks,)](
-        x,
+        _as_numbers(x),
         topk_ids,
         expert_map,
         starts,
         places,
-        rows,
+        _as_numbers(rows),
         row_ids,
+        _as_numbers(scale),
+        _as_numbers(row_scale),
         x.shape[1],
         expert_map.shape[0] - 1,
         num_local_experts,
         x.stride(0),
         topk_ids.stride(0),
         topk_ids.stride(1),
+        scale.stride(0),
+        scale.stride(1),
+        row_scale.stride(0),
+        row_scale.stride(1),
         NUM_IDS=topk_ids.shape[1],
+        NUM_SCALES=num_scales,
+        BLOCK_SCALES=triton.next_power_of_2(max(1, num_scales)),
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
     return row_ids
+
+
+def _as_numbers(x: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as the bytes that they are: they are only copied."""
+    return x.view(torch.int8) if x.element_size() == 1 else x
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -120,6 +155,8 @@ def _count_entries_kernel(
     NUM_IDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     """One program a local expert, which reads all entries: so it also knows how many stand before its own."""
     expert = tl.program_id(0)
     num_mine = tl.zeros((), dtype=tl.int32)
@@ -148,21 +185,35 @@ def _copy_rows_kernel(
     places,
     rows,
     row_ids,
+    scale,
+    row_scale,
     hidden_size,
     num_experts,
     num_local_experts,
     x_stride,
     id_stride,
     id_column_stride,
+    scale_stride,
+    scale_column_stride,
+    row_scale_stride,
+    row_scale_column_stride,
     NUM_IDS: tl.constexpr,  # noqa: N803
+    NUM_SCALES: tl.constexpr,  # noqa: N803
+    BLOCK_SCALES: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     source = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     block = tl.program_id(0) % NUM_BLOCKS
     columns = block * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < hidden_size
-    values = tl.load(x + source * x_stride + columns, mask=is_column, other=0.0)
+    values = tl.load(x + source * x_stride + columns, mask=is_column, other=0)
+    scale_columns = tl.arange(0, BLOCK_SCALES)
+    is_scale = (scale_columns < NUM_SCALES) & (block == 0)
+    if NUM_SCALES > 0:
+        steps = tl.load(scale + source * scale_stride + scale_columns * scale_column_stride, mask=is_scale, other=0.0)
     for k in tl.static_range(NUM_IDS):
         expert_id = tl.load(topk_ids + source * id_stride + k * id_column_stride)
         local = tl.load(expert_map + tl.where(expert_id < 0, num_experts, expert_id))
@@ -171,4 +222,7 @@ def _copy_rows_kernel(
         start = tl.load(starts + local, mask=is_local, other=0)
         row = tl.where(is_local, start.to(tl.int64) + place, -1)
         tl.store(rows + row * hidden_size + columns, values, mask=is_column & is_local)
+        if NUM_SCALES > 0:
+            scale_places = row_scale + row * row_scale_stride + scale_columns * row_scale_column_stride
+            tl.store(scale_places, steps, mask=is_scale & is_local)
         tl.store(row_ids + source * NUM_IDS + k, row, mask=block == 0)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from argosy.kernels.reference import RotaryRows
 from argosy.kernels.reference_cache_rows import GROUP_SIZE, MIN_AMAX, SCALE_BYTES, LatentRowLayout, NumberFormat
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.norms import layer_normalize, rms_normalize
 from argosy.kernels.triton.quantize import find_amax, round_to_int8
 from argosy.kernels.triton.rotary import rotate_half, rotate_interleaved
@@ -130,6 +131,7 @@ def _launch_write_latent(
         MAX_VALUE=numbers.max_value if numbers is not None else 0.0,
         MIN_AMAX=MIN_AMAX,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
 
 
@@ -171,6 +173,7 @@ def _launch_write_index_k(
         MAX_VALUE=numbers.max_value if numbers is not None else 0.0,
         MIN_AMAX=MIN_AMAX,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
 
 
@@ -195,6 +198,8 @@ def _write_latent_kernel(
     MAX_VALUE: tl.constexpr,  # noqa: N803
     MIN_AMAX: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     row = latent + token * latent_stride
@@ -251,6 +256,8 @@ def _write_index_k_kernel(
     MAX_VALUE: tl.constexpr,  # noqa: N803
     MIN_AMAX: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     columns = tl.arange(0, WIDTH)

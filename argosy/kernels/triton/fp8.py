@@ -18,10 +18,21 @@ def linear_fp8(
     x: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor, *, has_ue8m0_scales: bool
 ) -> torch.Tensor:
     """See ``reference_fp8.linear_fp8``."""
+    rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    return linear_fp8_quantized(*rows, weight, weight_scale_inv, x.dtype)
+
+
+def linear_fp8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale_inv: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference_fp8.linear_fp8_quantized``."""
     if weight.shape[1] % IN_FEATURES_MULTIPLE:
-        return device_fp8.linear_fp8(x, weight, weight_scale_inv, has_ue8m0_scales=has_ue8m0_scales)
-    quantized, scale = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
-    return fp8_grouped_gemm(quantized, scale, weight.unsqueeze(0), weight_scale_inv.unsqueeze(0), None, x.dtype)
+        return device_fp8.linear_fp8_quantized(x, x_scale, weight, weight_scale_inv, out_dtype)
+    return fp8_grouped_gemm(x, x_scale, weight.unsqueeze(0), weight_scale_inv.unsqueeze(0), None, out_dtype)
 
 
 def grouped_mlp_fp8(
@@ -45,12 +56,33 @@ def grouped_mlp_fp8(
             num_tokens_per_expert,
             has_ue8m0_scales=has_ue8m0_scales,
         )
+    matrices = gate_up_proj, gate_up_scale_inv, down_proj, down_scale_inv
+    rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    return grouped_mlp_fp8_quantized(
+        *rows, *matrices, num_tokens_per_expert, x.dtype, has_ue8m0_scales=has_ue8m0_scales
+    )
+
+
+def grouped_mlp_fp8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale_inv: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale_inv: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    out_dtype: torch.dtype,
+    *,
+    has_ue8m0_scales: bool,
+) -> torch.Tensor:
+    """See ``reference_fp8.grouped_mlp_fp8_quantized``. D and F are in whole blocks, as experts in FP8 always are."""
     hidden, hidden_scale = fp8_grouped_gate_up(
-        *quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales),
+        x,
+        x_scale,
         gate_up_proj,
         gate_up_scale_inv,
         num_tokens_per_expert,
-        x.dtype,
+        out_dtype,
         has_ue8m0_scales=has_ue8m0_scales,
     )
-    return fp8_grouped_gemm(hidden, hidden_scale, down_proj, down_scale_inv, num_tokens_per_expert, x.dtype)
+    return fp8_grouped_gemm(hidden, hidden_scale, down_proj, down_scale_inv, num_tokens_per_expert, out_dtype)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+
 ALIGNMENT_BYTES = 16  # of addresses and rows, which the card's tile loads ask for
 
 
@@ -105,6 +107,7 @@ def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = No
         IS_SPLIT=weight.dtype == torch.float32,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=IS_ON,
     )
     return parts
 
@@ -123,6 +126,8 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,  # noqa: N803
     IS_SPLIT: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
     feature = (tl.program_id(0) % out_tiles) * BLOCK_OUT
     token = (tl.program_id(0) // out_tiles) * BLOCK_TOKENS

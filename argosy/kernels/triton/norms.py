@@ -1,4 +1,4 @@
-"""Norms and the gated activation, with what stands before and behind them: residual sums and INT8 rows, in one pass.
+"""Norms and the gated activation, with what stands before and behind them: residual sums and 8-bit rows, in one pass.
 
 In plain torch each widening, sum, product, rounding and amax reads and writes memory; here a row is read once, kept in
 registers by one program, and all that is made of it is written once. Invariant: a value is rounded to a tensor's dtype
@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from argosy.kernels.reference_w8a8 import MIN_AMAX
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.quantize import allocate_int8, choose_num_warps, row_to_int8
+from argosy.kernels.triton.quantize_groups import GROUP, empty_groups, quantize_last_dim
 
 # Warps of a program that holds a whole row: quantize.py's rule, but wider at most. Not measured yet.
 MAX_ROW_WARPS = 32
@@ -65,6 +67,30 @@ def add_rms_norm_quantize(
     return normed, total, quantized, scale
 
 
+def rms_norm_quantize_groups(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, *, has_ue8m0_scales: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rms_norm of ``x``, or ``add_rms_norm`` with ``delta``, then ``quantize_groups`` -> normed, total, e4m3 [T, n],
+    scale [T, ceil(n / 128)] f32, a view whose columns are contiguous."""
+    normed, total = _empty_rows(x), x if delta is None else _empty_rows(x)
+    quantized, scale = empty_groups(*x.shape, x.device)
+    if x.shape[0]:
+        _launch_rms_norm(
+            x,
+            x if delta is None else delta,
+            weight,
+            eps,
+            total,
+            normed,
+            quantized,
+            scale,
+            has_delta=delta is not None,
+            is_grouped=True,
+            has_ue8m0_scales=has_ue8m0_scales,
+        )
+    return normed, total, quantized, scale
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``gate_up: [M, 2F]``, rows may be strided -> silu(gate) * up: [M, F]."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -92,6 +118,7 @@ def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
             MIN_AMAX=MIN_AMAX,
             BLOCK=block,
             num_warps=choose_num_warps(block, MAX_ROW_WARPS),
+            launch_pdl=IS_ON,
         )
     return quantized, scale
 
@@ -111,11 +138,13 @@ def _launch_rms_norm(
     scale: torch.Tensor,
     *,
     has_delta: bool,
-    is_quantized: bool,
+    is_quantized: bool = False,
+    is_grouped: bool = False,
+    has_ue8m0_scales: bool = False,
 ) -> None:
-    """What is not used is any tensor: a launch needs a pointer."""
+    """What is not used is any tensor: a launch needs a pointer. ``is_grouped``: quantised, but in FP8 groups."""
     num_rows, size = x.shape
-    block = triton.next_power_of_2(size)
+    block = max(triton.next_power_of_2(size), GROUP.value if is_grouped else 1)
     _rms_norm_kernel[(num_rows,)](
         x,
         delta,
@@ -124,6 +153,7 @@ def _launch_rms_norm(
         normed,
         quantized,
         scale,
+        num_rows,
         size,
         x.stride(0),
         delta.stride(0),
@@ -131,13 +161,16 @@ def _launch_rms_norm(
         eps,
         HAS_DELTA=has_delta,
         IS_QUANTIZED=is_quantized,
+        IS_GROUPED=is_grouped,
+        HAS_UE8M0_SCALES=has_ue8m0_scales,
         MIN_AMAX=MIN_AMAX,
         BLOCK=block,
         num_warps=choose_num_warps(block, MAX_ROW_WARPS),
+        launch_pdl=IS_ON,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x,
     delta,
@@ -146,6 +179,7 @@ def _rms_norm_kernel(
     normed,
     quantized,
     scale,
+    num_rows,
     size,
     x_stride,
     delta_stride,
@@ -153,17 +187,21 @@ def _rms_norm_kernel(
     eps,
     HAS_DELTA: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     IS_QUANTIZED: tl.constexpr,  # noqa: N803
+    IS_GROUPED: tl.constexpr,  # noqa: N803
+    HAS_UE8M0_SCALES: tl.constexpr,  # noqa: N803
     MIN_AMAX: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = row_columns(BLOCK)
     is_column = columns < size
+    let_next_start()
+    # Asked for before the row is there, so that both waits are one; the next row's program reads it again.
+    factors = tl.load(weight + columns, mask=is_column, other=0.0, eviction_policy="evict_last")
+    wait_for_inputs()
     values = tl.load(x + row * x_stride + columns, mask=is_column, other=0.0).to(tl.float32)
     if HAS_DELTA:
         values += tl.load(delta + row * delta_stride + columns, mask=is_column, other=0.0).to(tl.float32)
-    # Asked for before the sum needs all of the row, so that both waits are one; the next row's program reads it again.
-    factors = tl.load(weight + columns, mask=is_column, other=0.0, eviction_policy="evict_last")
     if HAS_DELTA:
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + row * size + columns, rounded, mask=is_column)
@@ -174,6 +212,14 @@ def _rms_norm_kernel(
         numbers, step = row_to_int8(out.to(tl.float32), MIN_AMAX)
         tl.store(quantized + row * size + columns, numbers, mask=is_column)
         tl.store(scale + row, step)
+    if IS_GROUPED:
+        grouped = tl.reshape(out.to(tl.float32), (BLOCK // GROUP, GROUP))
+        rounded, steps = quantize_last_dim(grouped, HAS_UE8M0_SCALES)
+        numbers = tl.reshape(rounded, (BLOCK // 8, 8)).to(tl.float8e4nv)
+        tl.store(quantized + row * size + columns, numbers, mask=is_column)
+        groups = tl.arange(0, BLOCK // GROUP)
+        steps = tl.reshape(steps, (BLOCK // GROUP,))
+        tl.store(scale + groups.to(tl.int64) * num_rows + row, steps, mask=groups * GROUP < size)
 
 
 @triton.jit
@@ -205,6 +251,8 @@ def _silu_mul_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = row_columns(BLOCK)
     is_column = columns < width
+    let_next_start()
+    wait_for_inputs()
     value = _silu_mul_row(gate_up + row * row_stride, columns, is_column, width)
     # NOTE(numerics): the specification keeps the product in gate_up's dtype before it quantises.
     numbers, step = row_to_int8(value.to(gate_up.dtype.element_ty).to(tl.float32), MIN_AMAX)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from argosy.kernels.reference_w8a8 import MIN_AMAX
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 # Added to a float32 number below 2^22, it pushes the fraction out by the card's own rounding, half to even; what
 # remains ends in the integer's own lowest byte.
@@ -37,6 +38,7 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             MIN_AMAX=MIN_AMAX,
             BLOCK=block,
             num_warps=choose_num_warps(block),
+            launch_pdl=IS_ON,
         )
     return quantized, scale
 
@@ -65,6 +67,8 @@ def _quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     is_column = columns < size
+    let_next_start()
+    wait_for_inputs()
     values = tl.load(x + row * row_stride + columns, mask=is_column, other=0.0).to(tl.float32)
     numbers, step = row_to_int8(values, MIN_AMAX)
     tl.store(quantized + row * size + columns, numbers, mask=is_column)

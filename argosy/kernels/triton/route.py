@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from argosy.kernels import reference
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.linear_fp32 import has_aligned_rows, multiply_parts
 
 # Tokens of a program: one of a decode step; more, whose work overlaps, in prefill (not measured yet).
@@ -109,6 +110,7 @@ def route_parts(
         IS_NORMED=norm_topk_prob,
         BLOCK_TOKENS=block,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
     return topk_ids, topk_weights
 
@@ -135,6 +137,8 @@ def _route_kernel(
     BLOCK_TOKENS: tl.constexpr,  # noqa: N803
 ):
     """Experts stand as [groups, group's size], each padded to a power of two; an id counts real experts only."""
+    let_next_start()
+    wait_for_inputs()
     NUM_PLACES: tl.constexpr = PADDED_GROUPS * PADDED_SIZE  # noqa: N806
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     is_token = tokens < num_tokens

@@ -7,7 +7,8 @@ Shape letters: T tokens, K experts per token, G ranks, C rows of a part, N rows,
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import Field, replace
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +27,20 @@ class TokenColumns(Protocol):
     def topk_weights(self) -> torch.Tensor: ...  # [T, K] float32
     @property
     def row_words(self) -> int: ...
+
+
+class RowsInEightBits(Protocol):
+    """What is arranged with its scales: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+    @property
+    def numbers(self) -> torch.Tensor: ...  # [N, D]
+    @property
+    def scale(self) -> torch.Tensor: ...  # [N, scales of a row] float32
+
+
+Rows = TypeVar("Rows", bound=RowsInEightBits)
 
 
 class TritonRowOps:
@@ -57,6 +72,13 @@ class TritonRowOps:
         if is_padded:
             return arrange_rows.arrange_padded(x, topk_ids, expert_map, num_local_experts)
         return arrange_rows.arrange_sorted(x, topk_ids, expert_map, num_local_experts, num_local_entries)
+
+    def arrange_quantized(
+        self, x: Rows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+    ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        arranged = arrange_rows.arrange_scaled(x.numbers, x.scale, topk_ids, expert_map, num_local_experts)
+        numbers, scale, counts, row_ids = arranged
+        return replace(x, numbers=numbers, scale=scale), counts, row_ids
 
     def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
         return sum_parts(parts, num_rows)

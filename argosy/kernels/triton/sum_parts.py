@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
 
 
-def sum_parts(parts: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``parts: [G, C, D]``, any float dtype -> [num_rows, D] float32: the first rows of all parts, added."""
+def sum_parts(parts: torch.Tensor, num_rows: int, factor: float = 1.0) -> torch.Tensor:
+    """``parts: [G, C, D]``, any float dtype -> [num_rows, D] float32: the first rows of all parts, added, times
+    ``factor``."""
     num_parts, _, hidden_size = parts.shape
     assert parts.stride(2) == 1, f"strides {parts.stride()}"
     out = parts.new_empty(num_rows, hidden_size, dtype=torch.float32)
@@ -28,10 +31,12 @@ def sum_parts(parts: torch.Tensor, num_rows: int) -> torch.Tensor:
         hidden_size,
         parts.stride(0),
         parts.stride(1),
+        float(factor),
         NUM_PARTS=num_parts,
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
     return out
 
@@ -43,10 +48,13 @@ def _sum_parts_kernel(
     hidden_size,
     part_stride,
     row_stride,
+    factor,
     NUM_PARTS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     # Neighbours work on one row, so that what is in flight lies together in memory.
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -56,4 +64,4 @@ def _sum_parts_kernel(
     for _ in tl.static_range(NUM_PARTS):
         total += tl.load(parts + start + columns, mask=is_column, other=0.0).to(tl.float32)
         start += part_stride
-    tl.store(out + row * hidden_size + columns, total, mask=is_column)
+    tl.store(out + row * hidden_size + columns, total * factor, mask=is_column)

@@ -1,7 +1,8 @@
 """The weighted sum of chosen rows, in one pass: what combine does to the experts' output, and to what comes home.
 
 In plain torch this gathers, widens, masks and multiplies, five passes over N * S rows; here each row is read once.
-Invariant: summands are added in float32 in the order of ``row_ids``, so the result does not depend on the launch.
+Invariant: summands are added in float32 in the order of ``row_ids``, then the addend, so the result does not depend on
+the launch.
 
 Shape letters: R rows, D hidden, N lines, S summands of a line.
 """
@@ -10,14 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
 
 
 def sum_rows(
-    rows: torch.Tensor, row_ids: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype
+    rows: torch.Tensor,
+    row_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    dtype: torch.dtype,
+    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``rows: [R, D]``, ``row_ids: [N, S]`` int (-1 none), ``weights: [N, S]`` f32 or None for ones -> [N, D].
+    """``rows: [R, D]``, ``row_ids: [N, S]`` int (-1 none), ``weights: [N, S]`` f32 or None for ones, ``addend: [N, D]``
+    of any float, contiguous, added last -> [N, D].
 
     Rows that no id names are never read. ``row_ids`` and ``weights`` may be strided.
     """
@@ -33,6 +41,7 @@ def sum_rows(
         rows,
         row_ids,
         factors,
+        rows if addend is None else addend,
         out,
         hidden_size,
         rows.stride(0),
@@ -42,9 +51,11 @@ def sum_rows(
         factors.stride(1),
         NUM_SUMMANDS=num_summands,
         HAS_WEIGHTS=has_weights,
+        HAS_ADDEND=addend is not None,
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
     return out
 
@@ -54,6 +65,7 @@ def _sum_rows_kernel(
     rows,
     row_ids,
     weights,
+    addend,
     out,
     hidden_size,
     row_stride,
@@ -63,9 +75,12 @@ def _sum_rows_kernel(
     weight_summand_stride,
     NUM_SUMMANDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     HAS_WEIGHTS: tl.constexpr,  # noqa: N803
+    HAS_ADDEND: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     # Neighbours work on one line, so that what is in flight lies together in memory.
     line = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -78,4 +93,6 @@ def _sum_rows_kernel(
         if HAS_WEIGHTS:
             values *= tl.load(weights + line * weight_line_stride + summand * weight_summand_stride)
         total += values
+    if HAS_ADDEND:
+        total += tl.load(addend + line * hidden_size + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(out + line * hidden_size + columns, total.to(out.dtype.element_ty), mask=is_column)

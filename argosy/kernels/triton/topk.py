@@ -1,4 +1,4 @@
-"""Cache slots of a row's highest scores, as ``reference.select_topk_slots`` chooses them, in order of position.
+"""A row's highest scores, those of ``reference.select_topk_slots``: their cache slots in order of position, or bits.
 
 A program holds a row's scores in registers and narrows down, by counting, the interval where the lowest chosen score
 lies: where the counts at both ends say, in the middle, or in the middle of the float32 numbers, each where the one
@@ -22,6 +22,8 @@ MIN_BLOCK = 64
 WARPS = ((1024, 4, 4), (4096, 16, 8), (8192, 16, 16), (MAX_BLOCK, 32, 32))
 # Scores that are placed at a time, at least one for each thread.
 PLACED = 4096
+WORD_BITS: tl.constexpr = tl.constexpr(32)
+VECTOR_WORDS = 4  # rows of a mask begin where 16 bytes can be read at once
 
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 HIGHEST: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -55,6 +57,40 @@ def select_topk_slots(
     return slots
 
 
+def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """``scores: [N, S]`` f32, rows may be strided, ``num_visible: [N]`` int -> [N, ceil(S / 32)] int32 bits, those of
+    ``reference.select_topk_mask``; rows begin at whole vectors. S at most ``MAX_BLOCK``. No host sync.
+    """
+    num_rows, width = scores.shape
+    num_words = -(-width // WORD_BITS.value)
+    stride = -(-num_words // VECTOR_WORDS) * VECTOR_WORDS
+    mask = torch.empty(num_rows, stride, dtype=torch.int32, device=scores.device)
+    if mask.numel() > 0:
+        assert 0 < topk <= CHUNK // 2, f"topk ({topk}) must be in 1..{CHUNK // 2}"
+        assert width <= MAX_BLOCK, f"a mask is for rows of at most {MAX_BLOCK} scores, not {width}"
+        block = max(MIN_BLOCK, triton.next_power_of_2(width))
+        _mask_kernel[(num_rows,)](
+            scores,
+            num_visible,
+            mask,
+            width,
+            scores.stride(0),
+            stride,
+            TOPK=topk,
+            BLOCK=block,
+            PLACED=min(block, PLACED),
+            READ=16 if scores.stride(0) % 16 == 0 else 1,
+            num_warps=_choose_warps(scores, block),
+        )
+    return mask[:, :num_words]
+
+
+def _choose_warps(scores: torch.Tensor, block: int) -> int:
+    is_few = not scores.is_cuda or scores.shape[0] < 2 * count_multiprocessors(scores.device.index)
+    few_warps, many_warps = next(warps for limit, *warps in WARPS if block <= limit)
+    return few_warps if is_few else many_warps
+
+
 def _launch(
     scores: torch.Tensor,
     positions: torch.Tensor | None,
@@ -68,8 +104,6 @@ def _launch(
     """``kept``: scores, positions and counts of what goes on; None chooses the slots."""
     num_rows, topk = slots.shape
     kept_scores, kept_positions, num_kept = kept or (scores, slots, num_visible)  # a launch needs pointers
-    is_few = not scores.is_cuda or num_rows < 2 * count_multiprocessors(scores.device.index)
-    few_warps, many_warps = next(warps for limit, *warps in WARPS if block <= limit)
     _select_kernel[(num_rows, -(-scores.shape[1] // block) if kept else 1)](
         scores,
         scores if positions is None else positions,
@@ -90,7 +124,7 @@ def _launch(
         BLOCK=block,
         PLACED=min(block, PLACED),
         READ=16 if scores.stride(0) % 16 == 0 else 1,
-        num_warps=few_warps if is_few else many_warps,
+        num_warps=_choose_warps(scores, block),
     )
 
 
@@ -173,6 +207,48 @@ def _select_kernel(
             places = place + tl.arange(0, PLACED)
             missing = tl.full((PLACED,), -1, tl.int64)
             tl.store(slots + row * TOPK + places, missing, mask=(places >= num_scores) & (places < TOPK))
+
+
+@triton.jit(do_not_specialize=["width", "mask_stride"])
+def _mask_kernel(
+    scores,
+    num_visible,
+    mask,
+    width,
+    row_stride,
+    mask_stride,
+    TOPK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    PLACED: tl.constexpr,  # noqa: N803
+    READ: tl.constexpr,  # noqa: N803
+):
+    """A row's bits, of all words up to ``mask_stride``."""
+    row = tl.program_id(0).to(tl.int64)
+    num_scores = tl.minimum(tl.load(num_visible + row).to(tl.int32), width)
+    first = scores + row * row_stride
+    lowest, num_ties = num_scores * 0 + LOWEST, num_scores * 0 + TOPK
+    if num_scores > TOPK:
+        if num_scores <= BLOCK // 4:
+            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK // 4, READ)
+        else:
+            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK, READ)
+
+    NUM_WORDS: tl.constexpr = PLACED // WORD_BITS  # noqa: N806
+    num_equal = num_scores * 0  # so far
+    for placed in tl.range(0, mask_stride * WORD_BITS, PLACED):
+        places = placed + tl.arange(0, PLACED)
+        keys = _order(_load(first, places, num_scores, READ))
+        is_equal = keys == lowest
+        if num_scores <= TOPK:
+            is_chosen = places < num_scores
+        else:
+            equal = (is_equal & (places < num_scores)).to(tl.int32)
+            is_chosen = (keys > lowest) | (is_equal & (num_equal + tl.cumsum(equal) <= num_ties))
+            is_chosen &= places < num_scores
+            num_equal += tl.sum(equal)
+        bits = tl.reshape(is_chosen.to(tl.int32) << (places % WORD_BITS), (NUM_WORDS, WORD_BITS))
+        words = placed // WORD_BITS + tl.arange(0, NUM_WORDS)
+        tl.store(mask + row * mask_stride + words, tl.sum(bits, 1), mask=words < mask_stride)
 
 
 @triton.jit

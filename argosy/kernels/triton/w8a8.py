@@ -39,14 +39,28 @@ def grouped_mlp_w8a8(
     num_tokens_per_expert: torch.Tensor,
 ) -> torch.Tensor:
     """See ``reference_w8a8.grouped_mlp_w8a8``. What spare rows hold is quantised too, and stays theirs."""
+    matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
+    return grouped_mlp_w8a8_quantized(*quantize_per_token(x), *matrices, num_tokens_per_expert, x.dtype)
+
+
+def grouped_mlp_w8a8_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_scale: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference_w8a8.grouped_mlp_w8a8_quantized``."""
     if not (_can_load(gate_up_proj) and _can_load(down_proj)):
-        return device_w8a8.grouped_mlp_w8a8(
-            x, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert
-        )
+        matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
+        return device_w8a8.grouped_mlp_w8a8_quantized(x, x_scale, *matrices, num_tokens_per_expert, out_dtype)
     hidden = w8a8_grouped_gemm(
-        *quantize_per_token(x), gate_up_proj, gate_up_scale, num_tokens_per_expert, torch.float32, is_gated=True
+        x, x_scale, gate_up_proj, gate_up_scale, num_tokens_per_expert, torch.float32, is_gated=True
     )
-    return w8a8_grouped_gemm(*quantize_per_token(hidden), down_proj, down_scale, num_tokens_per_expert, x.dtype)
+    return w8a8_grouped_gemm(*quantize_per_token(hidden), down_proj, down_scale, num_tokens_per_expert, out_dtype)
 
 
 def grouped_mlp_w8a8_masked(

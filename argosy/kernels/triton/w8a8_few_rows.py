@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.dependent_launch import IS_ON, LINE_BYTES, fetch_lines, let_next_start, wait_for_inputs
 
 MAX_ROWS = 256
 INTERPRETED_MULTIPROCESSORS = 4  # few enough that tests reach every rule below
@@ -122,8 +123,10 @@ def _multiply_narrow(
         BLOCK_N=tile.block_n,
         SLICE=tile.block_k // tile.num_warps,
         NUM_SLICES=tile.num_warps,
+        FETCHED_LINES=_power_of_two_below((tile.num_stages - 1) * tile.block_k // LINE_BYTES.value),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=IS_ON,
     )
 
 
@@ -159,6 +162,7 @@ def _multiply_split(
         IS_WHOLE=num_splits == 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=IS_ON,
     )
     if num_splits > 1:
         _sum_scaled_kernel[(triton.cdiv(out_features, SUM_BLOCK), num_rows)](
@@ -171,7 +175,12 @@ def _multiply_split(
             NUM_SPLITS=num_splits,
             BLOCK=SUM_BLOCK,
             num_warps=4,
+            launch_pdl=IS_ON,
         )
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(0, number.bit_length() - 1)
 
 
 @triton.jit
@@ -188,8 +197,12 @@ def _narrow_kernel(
     BLOCK_N: tl.constexpr,  # noqa: N803
     SLICE: tl.constexpr,  # noqa: N803
     NUM_SLICES: tl.constexpr,  # noqa: N803
+    FETCHED_LINES: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _fetch_first_weights(weight, columns, out_features, in_features, FETCHED_LINES)
+    wait_for_inputs()
     row_ids = tl.arange(0, BLOCK_ROWS)
     is_column, is_row = columns < out_features, row_ids < num_rows
     # A batch of products, one for each warp's slice of K: a single short product would leave all warps but one idle.
@@ -211,6 +224,14 @@ def _narrow_kernel(
 
 
 @triton.jit
+def _fetch_first_weights(weight, columns, out_features, in_features, FETCHED_LINES: tl.constexpr):  # noqa: N803
+    """What the walk begins with depends on no kernel: it is on its way while the rows are still being made."""
+    k = tl.minimum(tl.arange(0, FETCHED_LINES) * LINE_BYTES, in_features - 1)
+    rows = tl.minimum(columns, out_features - 1).to(tl.int64)
+    fetch_lines(weight + rows[:, None] * in_features + k[None, :])
+
+
+@triton.jit
 def _split_kernel(
     x_tiles,
     weight_tiles,
@@ -226,6 +247,8 @@ def _split_kernel(
     BLOCK_K: tl.constexpr,  # noqa: N803
     IS_WHOLE: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     column = tl.program_id(0) * BLOCK_N
     first_k = tl.program_id(1) * split
     total = tl.zeros((BLOCK_N, BLOCK_ROWS), dtype=tl.int32)
@@ -258,6 +281,8 @@ def _sum_scaled_kernel(
     NUM_SPLITS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < out_features

@@ -2,8 +2,9 @@
 
 One persistent kernel serves dense linears of many rows (one expert; ``w8a8_few_rows.py`` has the others), experts in
 prefill (many rows each) and in decode (few rows each: weights take the instruction's long side, 64 rows at least, and
-tokens its short one). Sums are exact in int32; scales come in after. Invariant: a row's result depends on that row, its
-expert's weights and nothing else.
+tokens its short one). Sums are exact in int32; scales come in after. On a Hopper card many rows go through
+``w8a8_hopper.py``; the kernel here is its portable twin. Invariant: a row's result depends on that row, its expert's
+weights and nothing else.
 
 Shape letters: M sorted rows, D in_features, N out_features of a row, e experts.
 """
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.w8a8_hopper import GROUP_ROWS, multiply_on_hopper
 
+HOPPER = 90
 IN_FEATURES_MULTIPLE = 16  # what the card's tile loads ask of a row of bytes
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
 
@@ -39,6 +44,20 @@ class Tile:
     num_resident: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """What a program of ``w8a8_hopper.py`` does at once: 128 rows times two boxes of weights."""
+
+    box_n: int = 128  # two neighbours, or of gate and of up
+    block_k: int = 128
+    num_stages: int = 4
+    lead: int = 1  # blocks of K that the upper rows are ahead of the lower ones at a tile's start
+    walked_tiles: int = 8  # row tiles that are walked together, for the cache's sake
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.lead < self.num_stages, "the lower rows would wait for a block that waits for them"
+
+
 # By the mean number of rows an expert gets, the first entry that is not below it. Up to 16 rows and the wide
 # tiles were chosen by measuring on an H200 (docs/log.md); those between are set in between.
 PLAIN_TILES = (
@@ -54,6 +73,10 @@ GATED_TILES = (
     (64, Tile(64, 64, 128, 5, 4, True)),
 )
 GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
+# On a Hopper card, for more rows than these on average. Not measured yet.
+HOPPER_MEAN_ROWS = 64
+HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
+HOPPER_GATED_TILE = HopperTile()
 
 
 def w8a8_grouped_gemm(
@@ -65,7 +88,7 @@ def w8a8_grouped_gemm(
     out_dtype: torch.dtype,
     *,
     is_gated: bool = False,
-    tile: Tile | None = None,
+    tile: Tile | HopperTile | None = None,
 ) -> torch.Tensor:
     """``x: [M, D]`` int8 sorted by expert, ``x_scale: [M, 1]`` f32, ``weight: [e, N, D]`` int8, ``weight_scale:
     [e, N, 1]`` f32, counts [e] int32 (None: one expert has all rows) -> [M, N] in ``out_dtype``.
@@ -79,7 +102,10 @@ def w8a8_grouped_gemm(
     out = torch.empty(num_rows, num_columns, dtype=out_dtype, device=x.device)
     if num_rows == 0:
         return out
-    tile = tile or choose_tile(num_rows, num_experts, is_gated)
+    tile = tile or choose_tile(num_rows, num_experts, is_gated, x.is_cuda and capability() == HOPPER)
+    if isinstance(tile, HopperTile):
+        _launch_on_hopper(x, x_scale, weight, weight_scale, num_rows_per_expert, out, is_gated, tile)
+        return out
     weight_block = [tile.block_n, tile.block_k]
     x_tiles, tail_tiles = (
         TensorDescriptor(x, [num_rows, in_features], [in_features, 1], [block_rows, tile.block_k])
@@ -117,12 +143,54 @@ def w8a8_grouped_gemm(
     return out
 
 
-def choose_tile(num_rows: int, num_experts: int, is_gated: bool) -> Tile:
+def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
     """From what the host knows: the rows, not how they are spread."""
     mean_rows = num_rows / num_experts
+    if is_hopper and mean_rows > HOPPER_MEAN_ROWS:
+        return HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
     tiles = GATED_TILES if is_gated else PLAIN_TILES
     wide = GATED_WIDE_TILE if is_gated else PLAIN_WIDE_TILE
     return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
+
+
+def _launch_on_hopper(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    num_rows_per_expert: torch.Tensor | None,
+    out: torch.Tensor,
+    is_gated: bool,
+    tile: HopperTile,
+) -> None:
+    num_experts, out_features, in_features = weight.shape
+    x_tiles, weight_tiles = (
+        GluonDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, gl.int8))
+        for matrix, block in (
+            (x, [GROUP_ROWS.value, tile.block_k]),
+            (weight.view(-1, in_features), [tile.box_n, tile.block_k]),
+        )
+    )
+    num_programs = count_multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_PROGRAMS
+    multiply_on_hopper[(num_programs,)](
+        x_tiles,
+        weight_tiles,
+        x_scale,
+        weight_scale,
+        x_scale if num_rows_per_expert is None else num_rows_per_expert,  # a launch needs a pointer
+        out,
+        len(x),
+        num_experts,
+        out.shape[1],
+        out_features,
+        in_features,
+        WALKED_TILES=tile.walked_tiles,
+        NUM_STAGES=tile.num_stages,
+        LEAD=tile.lead,
+        IS_GATED=is_gated,
+        IS_DENSE=num_rows_per_expert is None,
+        num_warps=4,
+    )
 
 
 @triton.jit

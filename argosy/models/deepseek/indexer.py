@@ -8,6 +8,7 @@ Invariant: ties go to the lowest position, so the choice is the same on every ra
 Shape letters: T tokens, D hidden, J index heads, I index_head_dim, P qk_rope_head_dim.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from argosy.cache.cache_format import NormSettings
 from argosy.cache.mla_kv_cache import LayerKV
-from argosy.kernels import RotaryRows, rope_half_split_, select_topk_slots
+from argosy.kernels import RotaryRows, rope_half_split_, select_topk_mask, select_topk_slots
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment
 from argosy.layers.linear import Fp32Linear, build_linear
 from argosy.layers.norm import LayerNorm
@@ -48,15 +49,19 @@ class Indexer(nn.Module):
         self.weights_proj = Fp32Linear(config.hidden_size, self._heads, torch.float32)
         self._weight_scale = (self._heads * self._head_dim) ** -0.5
 
-    def write_key(self, hidden_rows: object, batch: ForwardBatch, kv: LayerKV) -> None:
-        """``hidden_rows: [T, D]``, or what ``wk`` prepared of them -> the batch's entries of ``kv``."""
-        kv.write_index_k(batch.attention.slot_mapping, self.wk(hidden_rows), self._key_norm, batch.rotary)
+    def write_key(self, key: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> None:
+        """``key: [T, I]``, what ``wk`` made of the hidden states -> the batch's entries of ``kv``."""
+        kv.write_index_k(batch.attention.slot_mapping, key, self._key_norm, batch.rotary)
 
-    def make_query(self, hidden_states: torch.Tensor, q_resid: object, rotary: RotaryRows) -> IndexQuery:
-        """``q_resid: [T, q_lora_rank]``: the *normed* output of ``q_a_layernorm``, or what ``wq_b`` prepared of it."""
-        query = self.wq_b(q_resid).view(hidden_states.shape[0], self._heads, self._head_dim)
+    def weigh_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``hidden_states: [T, D]`` -> index_weights [T, J] float32."""
+        return self.weights_proj(hidden_states, self._weight_scale)
+
+    def make_query(self, index_weights: torch.Tensor, q_resid: object, rotary: RotaryRows) -> IndexQuery:
+        """``q_resid: [T, q_lora_rank]``: the *normed* output of ``q_a_layernorm``, or what was prepared of it."""
+        query = self.wq_b(q_resid).view(index_weights.shape[0], self._heads, self._head_dim)
         rope_half_split_(query[..., : self._rope_dim], rotary)
-        return IndexQuery(query, self.weights_proj(hidden_states) * self._weight_scale)
+        return IndexQuery(query, index_weights)
 
     def select_decode_slots(self, query: IndexQuery, kv: LayerKV, attention: AttentionMetadata) -> torch.Tensor:
         """Cache slots for the decode rows: [num_decode_tokens, index_topk] int64, -1 where a sequence is shorter."""
@@ -73,16 +78,34 @@ class Indexer(nn.Module):
     ) -> torch.Tensor:
         """Cache slots for one request's tokens: [segment.num_tokens, index_topk] int64."""
         block_table = attention.block_table[segment.row : segment.row + 1]
-        device = block_table.device
+        parts = [
+            select_topk_slots(scores, num_visible, self.topk, block_table, kv.block_size)
+            for scores, num_visible in self._score_prefill(query, kv, block_table, segment)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def select_prefill_mask(
+        self, query: IndexQuery, kv: LayerKV, attention: AttentionMetadata, segment: PrefillSegment
+    ) -> torch.Tensor:
+        """The same choice as bits of positions: [segment.num_tokens, ceil(segment.seq_len / 32)] int32."""
+        block_table = attention.block_table[segment.row : segment.row + 1]
+        parts = [
+            select_topk_mask(scores, num_visible, self.topk)
+            for scores, num_visible in self._score_prefill(query, kv, block_table, segment)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _score_prefill(
+        self, query: IndexQuery, kv: LayerKV, block_table: torch.Tensor, segment: PrefillSegment
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scores [n, seq_len] of the segment's next n tokens, and how many each sees [n]."""
         num_visible = torch.arange(
-            segment.num_computed_tokens + 1, segment.seq_len + 1, dtype=torch.int32, device=device
+            segment.num_computed_tokens + 1, segment.seq_len + 1, dtype=torch.int32, device=block_table.device
         )  # causal
         step = max(1, _MAX_SCORES // segment.seq_len)
-        parts = []
         for start in range(0, segment.num_tokens, step):
             visible = num_visible[start : start + step]
             tokens = slice(segment.start + start, segment.start + start + len(visible))
             index_q, index_weights = query.index_q[tokens].unsqueeze(0), query.index_weights[tokens].unsqueeze(0)
             scores = kv.index_scores(index_q, index_weights, block_table, visible.unsqueeze(0), segment.seq_len)
-            parts.append(select_topk_slots(scores.squeeze(0), visible, self.topk, block_table, kv.block_size))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield scores.squeeze(0), visible

@@ -27,6 +27,7 @@ from argosy.kernels.select import (
     select_sum_rows,
 )
 from argosy.layers.embedding import build_embedding
+from argosy.layers.entrance import Entrance, WholeEntrance, build_entrance
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.layers.linear import VocabParallelHead
 from argosy.layers.mlp import GatedMLP
@@ -36,6 +37,7 @@ from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.mla import MLAAttention
 from argosy.models.deepseek.moe_layer import MoELayer
 from argosy.quantization.checkpoint_format import CheckpointQuantization
+from argosy.quantization.preparation import NormedRows
 from argosy.quantization.scheme import UNQUANTIZED, Schemes, build_schemes
 
 
@@ -58,9 +60,9 @@ class DenseMLP(GatedMLP):
         super().__init__(config.hidden_size, config.intermediate_size, schemes, tp.size)
         self._slices = build_token_slices(tp)
 
-    def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """``hidden_states: [t, D]`` -> [t, D]."""
-        return self._slices.reduce_scatter(super().forward(self._slices.all_gather(hidden_states, batch.num_tokens)))
+    def forward(self, normed: NormedRows, batch: ForwardBatch) -> torch.Tensor:
+        """All T tokens -> [t, D]."""
+        return self._slices.reduce_scatter(super().forward(normed.prepared))
 
 
 class DecoderLayer(nn.Module):
@@ -73,19 +75,26 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLAAttention(config, schemes.at("self_attn"), tp.size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        attention_tp, mlp_tp = tp.named(f"layer {layer_id} attention"), tp.named(f"layer {layer_id} mlp")
+        self._enter_attention = build_entrance(self.input_layernorm, self.self_attn.preparation, attention_tp)
+        self._slices = build_token_slices(attention_tp)
         self.mlp: nn.Module
-        if config.is_moe_layer(layer_id):
+        if config.is_moe_layer(layer_id):  # its tokens are this rank's own
             self.mlp = _build_moe(parts, schemes.at("mlp"), layer_id)
+            self._enter_mlp: Entrance = WholeEntrance(self.post_attention_layernorm, self.mlp.preparation)
         else:
-            self.mlp = DenseMLP(config, schemes.at("mlp"), tp.named(f"layer {layer_id} mlp"))
-        self._slices = build_token_slices(tp.named(f"layer {layer_id} attention"))
+            self.mlp = DenseMLP(config, schemes.at("mlp"), mlp_tp)
+            self._enter_mlp = build_entrance(self.post_attention_layernorm, self.mlp.preparation, mlp_tp)
 
-    def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
-        """``hidden_states: [t, D]`` -> [t, D]."""
-        normed = self._slices.all_gather(self.input_layernorm(hidden_states), batch.num_tokens)
-        attended = self._slices.reduce_scatter(self.self_attn(normed, batch, kv))
-        normed, hidden_states = self.post_attention_layernorm.add(hidden_states, attended)
-        return hidden_states + self.mlp(normed, batch)
+    def forward(
+        self, hidden_states: torch.Tensor, delta: torch.Tensor | None, batch: ForwardBatch, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden_states: [t, D]`` and ``delta: [t, D]``, which is still to be added to them, or None -> both for the
+        next layer, whose norm adds them on its way."""
+        entered = self._enter_attention(hidden_states, delta, batch.num_tokens)
+        attended = self._slices.reduce_scatter(self.self_attn(entered, batch, kv))
+        entered = self._enter_mlp(entered.total, attended, batch.num_tokens)
+        return entered.total, self.mlp(entered, batch)
 
 
 def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
@@ -125,10 +134,10 @@ class Backbone(nn.Module):
 
     def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
         """This rank's slice of the hidden states after the final norm: [t, D]."""
-        hidden_states = self._slices.reduce_scatter(self.embed_tokens(batch.input_ids))
+        hidden_states, delta = self._slices.reduce_scatter(self.embed_tokens(batch.input_ids)), None
         for layer_id, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, batch, cache.layer(layer_id))
-        return self.norm(hidden_states)
+            hidden_states, delta = layer(hidden_states, delta, batch, cache.layer(layer_id))
+        return self.norm(hidden_states) if delta is None else self.norm.add(hidden_states, delta)[0]
 
 
 class DeepseekV32Model(nn.Module):

@@ -15,6 +15,7 @@ from argosy.layers.forward_batch import ForwardBatch
 from argosy.layers.mlp import GatedMLP
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.moe_router import MoERouter
+from argosy.quantization.preparation import NormedRows
 from argosy.quantization.scheme import Schemes
 
 
@@ -36,15 +37,18 @@ class MoELayer(nn.Module):
         self.gate = MoERouter(config)
         self.experts = schemes.at("experts").build_experts(expert_ids, config.hidden_size, config.moe_intermediate_size)
         self.shared_experts = GatedMLP(config.hidden_size, shared_width, schemes.at("shared_experts"))
+        self.preparation = self.shared_experts.preparation
+        self._is_prepared_once = dispatcher.takes_quantized and self.experts.preparation == self.preparation
         self._dispatcher = dispatcher
         self._load = load or NoLoadCounter()
 
-    def forward(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """``hidden_states: [T, D]`` -> [T, D]; routed and shared parts are added in float32. Collective over ep."""
-        topk_ids, topk_weights = self.gate(hidden_states)
-        dispatch = self._dispatcher.start_dispatch(hidden_states, topk_ids, topk_weights, batch.exchange)
-        shared_out = self.shared_experts(hidden_states)
+    def forward(self, normed: NormedRows, batch: ForwardBatch) -> torch.Tensor:
+        """T tokens -> [T, D]; routed and shared parts are added in float32. Collective over ep."""
+        shared = batch.side_lane.start(lambda: self.shared_experts(normed.prepared))
+        topk_ids, topk_weights = self.gate(normed.rows)
+        rows = normed.prepared if self._is_prepared_once else normed.rows
+        dispatch = self._dispatcher.start_dispatch(rows, topk_ids, topk_weights, batch.exchange)
+        shared_out = shared.wait()
         dispatched = dispatch.wait()
         self._load.record(dispatched.num_tokens_per_expert)
-        combine = self._dispatcher.start_combine(self.experts(dispatched), dispatched.handle)
-        return (combine.wait() + shared_out).to(hidden_states.dtype)
+        return self._dispatcher.combine_onto(self.experts(dispatched), dispatched.handle, shared_out)

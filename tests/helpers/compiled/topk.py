@@ -17,6 +17,18 @@ def select(block: int, num_warps: int, *, is_last: bool = True, has_positions: b
     )
 
 
+def mask(block: int, num_warps: int) -> Kernel:
+    return Kernel(
+        "topk._mask_kernel",
+        {"scores": "*fp32", "num_visible": "*i32", "mask": "*i32"}
+        | {"width": "i32", "row_stride": "i32", "mask_stride": "i32"},
+        {"TOPK": 2048, "BLOCK": block, "PLACED": min(block, PLACED), "READ": 16},
+        num_warps=num_warps,
+        multiples_of_16=("row_stride",),
+        label=f"{block} {num_warps}",
+    )
+
+
 KERNELS = (
     select(4096, 8),
     select(4096, 16),
@@ -24,4 +36,6 @@ KERNELS = (
     select(16384, 32),
     select(MAX_BLOCK, 32, has_positions=True),
     select(CHUNK, 32, is_last=False),
+    mask(4096, 8),
+    mask(16384, 32),
 )

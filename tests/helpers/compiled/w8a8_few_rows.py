@@ -10,7 +10,7 @@ def narrow(tile: NarrowTile) -> Kernel:
         "w8a8_few_rows._narrow_kernel",
         {"x": "*i8", "weight": "*i8"} | SCALES | {"out": "*bf16"} | SIZES,
         {"BLOCK_ROWS": tile.block_rows, "BLOCK_N": tile.block_n}
-        | {"SLICE": tile.block_k // tile.num_warps, "NUM_SLICES": tile.num_warps},
+        | {"SLICE": tile.block_k // tile.num_warps, "NUM_SLICES": tile.num_warps, "FETCHED_LINES": 8},
         num_warps=tile.num_warps,
         multiples_of_16=("out_features", "in_features"),
         instructions=("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", "ldmatrix"),
