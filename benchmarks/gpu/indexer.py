@@ -11,8 +11,9 @@ import torch
 
 from argosy.kernels import reference, reference_cache_rows
 from argosy.kernels.reference_cache_rows import FP8, INT8, NumberFormat
+from argosy.kernels.triton import topk
 from argosy.kernels.triton.index_scores import Tile, index_scores_paged, index_scores_paged_encoded
-from argosy.kernels.triton.topk import select_topk_slots
+from argosy.kernels.triton.topk import select_topk_mask, select_topk_slots
 from benchmarks.gpu.measure import Case, relative_error
 
 DEVICE = "cuda"
@@ -28,10 +29,21 @@ OTHER_TILES = {
 # Rows, visible scores of each, the room that each has.
 CHOICES = (
     *((num_rows, 4096, 4096) for num_rows in (1, 16, 64, 128, 4096)),
-    *((64, 9300, 9300), (64, 9300, 9312), (64, 4096, MAX_SEQ_LEN), (4096, 16384, 16384)),
-    *((1, 65536, 65536), (1, 163840, 163840)),
+    *((16, 4100, 4160), (64, 9300, 9300), (64, 9300, 9312), (64, 4096, MAX_SEQ_LEN), (4096, 16384, 16384)),
+    *((1, 65536, 65536), (64, 65536, 65536), (1, 163840, 163840), (64, 163840, 163840)),
 )
+# Rows of a prefill, each of which sees one score more than the one before; the scores that the last one sees.
+CAUSAL_CHOICES = ((8192, 16384), (8192, 65536))
+CAUSAL_MASKS = ((4096, 4096), (8192, 8192))
+# Tiles of a choice to set beside the chosen one, by the scores that a program holds.
+OTHER_CHOICE_TILES = {
+    4096: (topk.Tile(4), topk.Tile(4, 64), topk.Tile(8), topk.Tile(16)),
+    8192: (topk.Tile(8), topk.Tile(8, 64), topk.Tile(16), topk.Tile(32)),
+    16384: (topk.Tile(16), topk.Tile(16, 64), topk.Tile(32)),
+    topk.MAX_BLOCK: (topk.Tile(16), topk.Tile(32)),
+}
 CHECKED_ROWS = 128  # at a time
+MOST_SORTED = 2**26  # scores
 
 
 def cases() -> Iterator[Case]:
@@ -42,7 +54,13 @@ def cases() -> Iterator[Case]:
             visible = torch.arange(length - num_tokens + 1, length + 1, dtype=torch.int32).view(1, -1)
             yield _score_case("prefill", unit, numbers, visible, length)
     for num_rows, length, width in CHOICES:
-        yield _choice_case(num_rows, length, width)
+        num_visible = torch.full((num_rows,), length, dtype=torch.int32)
+        yield _choice_case(f"top {TOPK} of {length}, room for {width}", num_visible, width)
+    for num_rows, width in CAUSAL_CHOICES:
+        num_visible = torch.arange(width - num_rows + 1, width + 1, dtype=torch.int32)
+        yield _choice_case(f"top {TOPK}, causal, to {width}", num_visible, width)
+    for num_rows, width in CAUSAL_MASKS:
+        yield _mask_case(torch.arange(width - num_rows + 1, width + 1, dtype=torch.int32), width)
 
 
 def _score_case(
@@ -103,28 +121,66 @@ def _score_case(
     )
 
 
-def _choice_case(num_rows: int, length: int, width: int) -> Case:
+def _choice_case(name: str, num_visible: torch.Tensor, width: int) -> Case:
+    num_rows, num_seen = len(num_visible), int(num_visible.sum(dtype=torch.int64))
     scores = torch.randn(num_rows, width, device=DEVICE)
-    num_visible = torch.full((num_rows,), length, dtype=torch.int32, device=DEVICE)
+    visible = num_visible.to(DEVICE)
     table = torch.randperm(width // BLOCK_SIZE + 1, device=DEVICE).int().unsqueeze(0)
-    arguments = (num_visible, TOPK, table, BLOCK_SIZE)
+    arguments = (visible, TOPK, table, BLOCK_SIZE)
 
     def check() -> None:
         slots = select_topk_slots(scores, *arguments)
         for rows in torch.arange(num_rows).split(CHECKED_ROWS):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            expected = reference.select_topk_slots(scores[part], num_visible[part], TOPK, table, BLOCK_SIZE)
+            expected = reference.select_topk_slots(scores[part], visible[part], TOPK, table, BLOCK_SIZE)
             assert torch.equal(slots[part].sort(dim=1).values, expected.sort(dim=1).values), "other slots"
 
+    alternatives: dict[str, Callable[[], object]] = {
+        "torch.topk": lambda: scores[:, : int(num_visible[-1])].topk(TOPK, dim=1)
+    }
+    if num_seen <= MOST_SORTED:  # the specification sorts numbers of 8 bytes
+        alternatives["torch"] = lambda: reference.select_topk_slots(scores, *arguments)
+    for tile in _other_tiles(width):
+        alternatives[_describe(tile)] = partial(select_topk_slots, scores, *arguments, tile=tile)
     return Case(
-        name=f"top {TOPK} of {length}, room for {width}",
+        name=name,
         rows=num_rows,
         run=partial(select_topk_slots, scores, *arguments),
         check=check,
         num_ops=0,
-        num_bytes=num_rows * length * 4 + num_rows * TOPK * 8,
+        num_bytes=num_seen * 4 + num_rows * TOPK * 8,
+        alternatives=alternatives,
+    )
+
+
+def _mask_case(num_visible: torch.Tensor, width: int) -> Case:
+    num_rows, num_seen = len(num_visible), int(num_visible.sum(dtype=torch.int64))
+    scores = torch.randn(num_rows, width, device=DEVICE)
+    visible = num_visible.to(DEVICE)
+
+    def check() -> None:
+        mask = select_topk_mask(scores, visible, TOPK)
+        for rows in torch.arange(num_rows).split(CHECKED_ROWS):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            assert torch.equal(mask[part], reference.select_topk_mask(scores[part], visible[part], TOPK)), "other bits"
+
+    return Case(
+        name=f"mask of top {TOPK}, causal, to {width}",
+        rows=num_rows,
+        run=partial(select_topk_mask, scores, visible, TOPK),
+        check=check,
+        num_ops=0,
+        num_bytes=num_seen * 4 + num_rows * width / 8,
         alternatives={
-            "torch.topk": lambda: scores[:, :length].topk(TOPK, dim=1),
-            "torch": lambda: reference.select_topk_slots(scores, *arguments),
+            _describe(tile): partial(select_topk_mask, scores, visible, TOPK, tile=tile) for tile in _other_tiles(width)
         },
     )
+
+
+def _other_tiles(width: int) -> tuple[topk.Tile, ...]:
+    block = min(max(4096, 1 << (width - 1).bit_length()), topk.MAX_BLOCK)
+    return OTHER_CHOICE_TILES[block]
+
+
+def _describe(tile: topk.Tile) -> str:
+    return f"{tile.num_warps} warps" + (f", {tile.max_registers} registers" if tile.max_registers else "")

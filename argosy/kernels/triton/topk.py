@@ -1,39 +1,61 @@
 """A row's highest scores, those of ``reference.select_topk_slots``: their cache slots in order of position, or bits.
 
-A program holds a row's scores in registers and narrows down, by counting, the interval where the lowest chosen score
-lies: where the counts at both ends say, in the middle, or in the middle of the float32 numbers, each where the one
-before did not help. Longer rows are first thinned: of each ``CHUNK`` scores the best ``topk`` go on, which no score
-among the row's best fails to be. Invariant: what lies behind ``num_visible`` decides nothing.
+A program holds a row's scores in registers, finds the lowest chosen one (``topk_search.py``) and places the chosen. Of
+a row that fills a quarter or a half of that, it holds no more. Longer rows are first thinned: of each ``CHUNK`` scores
+the best ``topk`` go on, which no score among the row's best fails to be. Invariant: what lies behind ``num_visible``
+decides nothing; NaN counts as infinity.
 
-Shape letters: N rows, S scores of a row.
+Shape letters: N rows, S scores of a row. A program's scores: [32 lanes, lines, 4].
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.topk_search import LANES, LINE, VECTOR, count_before, find_lowest, load_scores, place_vectors
 
-# What one program holds: 32 scores a thread. Neither number is measured yet.
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    num_warps: int  # each holds a line of 128 scores at least
+    max_registers: int | None = None  # of a thread
+
+
+# What one program holds. Neither number is measured yet.
 MAX_BLOCK = 32768
 CHUNK = 16384
-MIN_BLOCK = 64
-# By the scores that a program holds: warps of few rows, which wait for one another, and of many. Not measured yet.
-WARPS = ((1024, 4, 4), (4096, 16, 8), (8192, 16, 16), (MAX_BLOCK, 32, 32))
-# Scores that are placed at a time, at least one for each thread.
-PLACED = 4096
-WORD_BITS: tl.constexpr = tl.constexpr(32)
+# By the scores that a program holds: few programs, whose latency counts, and many, of which several share a
+# multiprocessor. Not measured yet.
+TILES = (
+    (512, Tile(1), Tile(1)),
+    (2048, Tile(4), Tile(4)),
+    (4096, Tile(8), Tile(4, 64)),
+    (8192, Tile(16), Tile(8, 64)),
+    (CHUNK, Tile(16), Tile(16, 64)),
+    (MAX_BLOCK, Tile(32), Tile(32)),
+)
 VECTOR_WORDS = 4  # rows of a mask begin where 16 bytes can be read at once
-
-LOWEST: tl.constexpr = tl.constexpr(-(2**31))
-HIGHEST: tl.constexpr = tl.constexpr(2**31 - 1)
+COPIED: tl.constexpr = tl.constexpr(1024)  # scores of a short row at a time
+WORD_BITS: tl.constexpr = tl.constexpr(32)
+LINE_WORDS: tl.constexpr = tl.constexpr(4)
+MARKED: tl.constexpr = tl.constexpr(128)  # words of a mask at a time, where nothing is searched
 
 
 def select_topk_slots(
-    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
+    scores: torch.Tensor,
+    num_visible: torch.Tensor,
+    topk: int,
+    block_table: torch.Tensor,
+    block_size: int,
+    *,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """``scores: [N, S]`` f32, rows may be strided, ``num_visible: [N]`` int, ``block_table: [N or 1, blocks]`` int32
-    -> [N, topk] int64, -1 where there are fewer. ``topk`` at most half of ``CHUNK``. No host sync.
+    -> [N, topk] int64, -1 where there are fewer. ``topk`` at most half of ``CHUNK``, ``block_size`` a multiple of 4;
+    ``tile`` is for measurements. No host sync.
 
     The set is ``reference.select_topk_slots``'s; here it is in order of position.
     """
@@ -42,6 +64,7 @@ def select_topk_slots(
     if num_rows == 0:
         return slots
     assert 0 < topk <= CHUNK // 2, f"topk ({topk}) must be in 1..{CHUNK // 2}"
+    assert block_size % VECTOR.value == 0, f"block_size ({block_size}) must be a multiple of {VECTOR.value}"
     positions = None
     while width > MAX_BLOCK:
         num_chunks = -(-width // CHUNK)
@@ -49,15 +72,16 @@ def select_topk_slots(
         kept_positions = torch.empty_like(kept_scores, dtype=torch.int32)
         num_kept = torch.empty(num_rows, dtype=torch.int32, device=scores.device)
         kept = (kept_scores, kept_positions, num_kept)
-        _launch(scores, positions, num_visible, kept, slots, block_table, block_size, CHUNK)
+        _launch(scores, positions, num_visible, kept, slots, block_table, block_size, CHUNK, tile)
         scores, positions, num_visible = kept
         width = scores.shape[1]
-    block = max(MIN_BLOCK, triton.next_power_of_2(width))
-    _launch(scores, positions, num_visible, None, slots, block_table, block_size, block)
+    _launch(scores, positions, num_visible, None, slots, block_table, block_size, _block_of(width), tile)
     return slots
 
 
-def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int) -> torch.Tensor:
+def select_topk_mask(
+    scores: torch.Tensor, num_visible: torch.Tensor, topk: int, *, tile: Tile | None = None
+) -> torch.Tensor:
     """``scores: [N, S]`` f32, rows may be strided, ``num_visible: [N]`` int -> [N, ceil(S / 32)] int32 bits, those of
     ``reference.select_topk_mask``; rows begin at whole vectors. S at most ``MAX_BLOCK``. No host sync.
     """
@@ -68,7 +92,8 @@ def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int)
     if mask.numel() > 0:
         assert 0 < topk <= CHUNK // 2, f"topk ({topk}) must be in 1..{CHUNK // 2}"
         assert width <= MAX_BLOCK, f"a mask is for rows of at most {MAX_BLOCK} scores, not {width}"
-        block = max(MIN_BLOCK, triton.next_power_of_2(width))
+        block = _block_of(width)
+        tile = tile or _choose_tile(scores, num_rows, block)
         _mask_kernel[(num_rows,)](
             scores,
             num_visible,
@@ -78,17 +103,23 @@ def select_topk_mask(scores: torch.Tensor, num_visible: torch.Tensor, topk: int)
             stride,
             TOPK=topk,
             BLOCK=block,
-            PLACED=min(block, PLACED),
+            WARPS=tile.num_warps,
             READ=16 if scores.stride(0) % 16 == 0 else 1,
-            num_warps=_choose_warps(scores, block),
+            num_warps=tile.num_warps,
+            maxnreg=tile.max_registers,
         )
     return mask[:, :num_words]
 
 
-def _choose_warps(scores: torch.Tensor, block: int) -> int:
-    is_few = not scores.is_cuda or scores.shape[0] < 2 * count_multiprocessors(scores.device.index)
-    few_warps, many_warps = next(warps for limit, *warps in WARPS if block <= limit)
-    return few_warps if is_few else many_warps
+def _block_of(width: int) -> int:
+    block: int = triton.next_power_of_2(width)
+    return max(LINE.value, block)
+
+
+def _choose_tile(scores: torch.Tensor, num_programs: int, block: int) -> Tile:
+    is_few = not scores.is_cuda or num_programs < 2 * count_multiprocessors(scores.device.index)
+    few, many = next(tiles for limit, *tiles in TILES if block <= limit)
+    return few if is_few else many
 
 
 def _launch(
@@ -100,11 +131,14 @@ def _launch(
     block_table: torch.Tensor,
     block_size: int,
     block: int,
+    tile: Tile | None,
 ) -> None:
     """``kept``: scores, positions and counts of what goes on; None chooses the slots."""
     num_rows, topk = slots.shape
     kept_scores, kept_positions, num_kept = kept or (scores, slots, num_visible)  # a launch needs pointers
-    _select_kernel[(num_rows, -(-scores.shape[1] // block) if kept else 1)](
+    grid = (num_rows, -(-scores.shape[1] // block) if kept else 1)
+    tile = tile or _choose_tile(scores, grid[0] * grid[1], block)
+    _select_kernel[grid](
         scores,
         scores if positions is None else positions,
         num_visible,
@@ -122,13 +156,14 @@ def _launch(
         HAS_POSITIONS=positions is not None,
         IS_LAST=kept is None,
         BLOCK=block,
-        PLACED=min(block, PLACED),
+        WARPS=tile.num_warps,
         READ=16 if scores.stride(0) % 16 == 0 else 1,
-        num_warps=_choose_warps(scores, block),
+        num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _select_kernel(
     scores,
     positions,
@@ -147,13 +182,10 @@ def _select_kernel(
     HAS_POSITIONS: tl.constexpr,  # noqa: N803
     IS_LAST: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
-    PLACED: tl.constexpr,  # noqa: N803
+    WARPS: tl.constexpr,  # noqa: N803
     READ: tl.constexpr,  # noqa: N803
 ):
-    """Rows of at most one block are done with here, and -1 tells the launches behind so.
-
-    Scores are read READ at a time, where that stays inside the row's own memory; those behind the last count nothing.
-    """
+    """Rows of at most one block are done with here, and -1 tells the launches behind so."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     num_in_row = tl.minimum(tl.load(num_visible + row).to(tl.int32), width)
@@ -165,48 +197,99 @@ def _select_kernel(
         return
 
     num_scores = tl.minimum(num_in_row - start, BLOCK)
-    first = scores + row * row_stride + start
-    lowest, num_ties = num_scores * 0 + LOWEST, num_scores * 0 + TOPK
-    if num_scores > TOPK:
-        if num_scores <= BLOCK // 4:
-            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK // 4, READ)
-        else:
-            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK, READ)
+    place = row * row_stride + start
+    kept_place = row * kept_stride + tl.program_id(1) * TOPK
+    source = (scores + place, positions + place, start, num_scores)
+    kept = (kept_scores + kept_place, kept_positions + kept_place)
+    target = (slots + row * TOPK, block_table + row * table_stride)
+    is_last = is_done_with | IS_LAST
+    HALF: tl.constexpr = _half(BLOCK, WARPS)  # noqa: N806
+    QUARTER: tl.constexpr = _half(HALF, WARPS)  # noqa: N806
+    if num_scores <= TOPK:
+        _take_all(source, kept, target, is_last, TOPK, BLOCK_SIZE, HAS_POSITIONS, IS_LAST)
+    elif (QUARTER < HALF) & (num_scores <= QUARTER):
+        _take_best(source, kept, target, is_last, TOPK, BLOCK_SIZE, HAS_POSITIONS, IS_LAST, QUARTER, WARPS, READ)
+    elif (HALF < BLOCK) & (num_scores <= HALF):
+        _take_best(source, kept, target, is_last, TOPK, BLOCK_SIZE, HAS_POSITIONS, IS_LAST, HALF, WARPS, READ)
+    else:
+        _take_best(source, kept, target, is_last, TOPK, BLOCK_SIZE, HAS_POSITIONS, IS_LAST, BLOCK, WARPS, READ)
 
-    num_greater = num_scores * 0  # so far
-    num_equal = num_scores * 0
-    for placed in tl.range(0, num_scores, PLACED):
-        places = placed + tl.arange(0, PLACED)
+
+@triton.constexpr_function
+def _half(block, num_warps):
+    """What is left of a block where every warp still holds a line of it."""
+    return block // 2 if block >= 2 * num_warps * LINE.value else block
+
+
+@triton.jit
+def _take_all(
+    source,
+    kept,
+    target,
+    is_last,
+    TOPK: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    HAS_POSITIONS: tl.constexpr,  # noqa: N803
+    IS_LAST: tl.constexpr,  # noqa: N803
+):
+    first, first_position, start, num_scores = source
+    for copied in tl.range(0, TOPK, COPIED):
+        places = copied + tl.arange(0, COPIED)
         is_score = places < num_scores
-        values = _load(first, places, num_scores, READ)
-        keys = _order(values)
-        is_greater = is_score & (keys > lowest)
-        is_equal = is_score & (keys == lowest)
-        both = is_greater.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-        count = tl.cumsum(both)
-        greater, equal = num_greater + (count & 0xFFFF), num_equal + (count >> 16)
-        is_chosen = is_greater | (is_equal & (equal <= num_ties))
-        to = greater + tl.minimum(equal, num_ties) - 1
-        total = tl.sum(both)
-        num_greater += total & 0xFFFF
-        num_equal += total >> 16
         position = start + places
         if HAS_POSITIONS:
-            position = tl.load(positions + row * row_stride + position, mask=is_chosen, other=0)
-        if IS_LAST | is_done_with:
-            blocks = block_table + row * table_stride + position // BLOCK_SIZE
-            block = tl.load(blocks, mask=is_chosen, other=0).to(tl.int64)
-            tl.store(slots + row * TOPK + to, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=is_chosen)
-        else:
-            kept = row * kept_stride + tl.program_id(1) * TOPK + to
-            tl.store(kept_scores + kept, values, mask=is_chosen)
-            tl.store(kept_positions + kept, position, mask=is_chosen)
+            position = tl.load(first_position + places, mask=is_score, other=0)
+        if is_last:
+            slots, table = target
+            block = tl.load(table + position // BLOCK_SIZE, mask=is_score, other=0).to(tl.int64)
+            slot = tl.where(is_score, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
+            tl.store(slots + places, slot, mask=places < TOPK)
+        elif not IS_LAST:
+            kept_scores, kept_positions = kept
+            tl.store(kept_scores + places, tl.load(first + places, mask=is_score), mask=is_score)
+            tl.store(kept_positions + places, position, mask=is_score)
 
-    if (IS_LAST | is_done_with) & (num_scores < TOPK):
-        for place in tl.range(0, TOPK, PLACED):
-            places = place + tl.arange(0, PLACED)
-            missing = tl.full((PLACED,), -1, tl.int64)
-            tl.store(slots + row * TOPK + places, missing, mask=(places >= num_scores) & (places < TOPK))
+
+@triton.jit
+def _take_best(
+    source,
+    kept,
+    target,
+    is_last,
+    TOPK: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    HAS_POSITIONS: tl.constexpr,  # noqa: N803
+    IS_LAST: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    WARPS: tl.constexpr,  # noqa: N803
+    READ: tl.constexpr,  # noqa: N803
+):
+    """Of more than TOPK scores."""
+    first, first_position, start, num_scores = source
+    vectors = place_vectors(BLOCK)
+    places = vectors + tl.arange(0, VECTOR)
+    values = load_scores(first, places, num_scores, READ)
+    values, lowest = find_lowest(values, places, num_scores, TOPK, WARPS)
+    is_chosen = values >= lowest
+    if is_last:
+        slots, table = target
+        if HAS_POSITIONS:
+            position = tl.load(first_position + places, mask=is_chosen, other=0)
+            block = tl.load(table + position // BLOCK_SIZE, mask=is_chosen, other=0)
+            slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+        else:
+            block = tl.load(table + (start + vectors) // BLOCK_SIZE, mask=vectors < num_scores, other=0)
+            slot = block * BLOCK_SIZE + (start + vectors) % BLOCK_SIZE + tl.arange(0, VECTOR)
+        # No card holds 2^31 rows, so that the upper halves are zeros.
+        tl.store(slots + count_before(is_chosen), slot.to(tl.uint32).to(tl.int64), mask=is_chosen)
+    elif not IS_LAST:
+        kept_scores, kept_positions = kept
+        position = start + places
+        if HAS_POSITIONS:
+            position = tl.load(first_position + places, mask=is_chosen, other=0)
+        to = count_before(is_chosen)
+        tl.store(kept_scores + to, values, mask=is_chosen)
+        tl.store(kept_positions + to, position, mask=is_chosen)
 
 
 @triton.jit(do_not_specialize=["width", "mask_stride"])
@@ -219,93 +302,52 @@ def _mask_kernel(
     mask_stride,
     TOPK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
-    PLACED: tl.constexpr,  # noqa: N803
+    WARPS: tl.constexpr,  # noqa: N803
     READ: tl.constexpr,  # noqa: N803
 ):
     """A row's bits, of all words up to ``mask_stride``."""
     row = tl.program_id(0).to(tl.int64)
     num_scores = tl.minimum(tl.load(num_visible + row).to(tl.int32), width)
     first = scores + row * row_stride
-    lowest, num_ties = num_scores * 0 + LOWEST, num_scores * 0 + TOPK
+    words = mask + row * mask_stride
+    HALF: tl.constexpr = _half(BLOCK, WARPS)  # noqa: N806
+    QUARTER: tl.constexpr = _half(HALF, WARPS)  # noqa: N806
+    num_written = num_scores * 0
     if num_scores > TOPK:
-        if num_scores <= BLOCK // 4:
-            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK // 4, READ)
+        if (QUARTER < HALF) & (num_scores <= QUARTER):
+            _mark_best(first, num_scores, words, mask_stride, TOPK, QUARTER, WARPS, READ)
+            num_written += QUARTER // WORD_BITS
+        elif (HALF < BLOCK) & (num_scores <= HALF):
+            _mark_best(first, num_scores, words, mask_stride, TOPK, HALF, WARPS, READ)
+            num_written += HALF // WORD_BITS
         else:
-            lowest, num_ties = _find_lowest(first, num_scores, TOPK, BLOCK, READ)
-
-    NUM_WORDS: tl.constexpr = PLACED // WORD_BITS  # noqa: N806
-    num_equal = num_scores * 0  # so far
-    for placed in tl.range(0, mask_stride * WORD_BITS, PLACED):
-        places = placed + tl.arange(0, PLACED)
-        keys = _order(_load(first, places, num_scores, READ))
-        is_equal = keys == lowest
-        if num_scores <= TOPK:
-            is_chosen = places < num_scores
-        else:
-            equal = (is_equal & (places < num_scores)).to(tl.int32)
-            is_chosen = (keys > lowest) | (is_equal & (num_equal + tl.cumsum(equal) <= num_ties))
-            is_chosen &= places < num_scores
-            num_equal += tl.sum(equal)
-        bits = tl.reshape(is_chosen.to(tl.int32) << (places % WORD_BITS), (NUM_WORDS, WORD_BITS))
-        words = placed // WORD_BITS + tl.arange(0, NUM_WORDS)
-        tl.store(mask + row * mask_stride + words, tl.sum(bits, 1), mask=words < mask_stride)
+            _mark_best(first, num_scores, words, mask_stride, TOPK, BLOCK, WARPS, READ)
+            num_written += BLOCK // WORD_BITS
+    for written in tl.range(num_written, mask_stride, MARKED):
+        places = written + tl.arange(0, MARKED)
+        num_bits = tl.minimum(tl.maximum(num_scores - places * WORD_BITS, 0), WORD_BITS)
+        # A shift by all of a word's bits would not be defined.
+        bits = tl.where(num_bits == WORD_BITS, -1, (1 << (num_bits % WORD_BITS)) - 1)
+        tl.store(words + places, tl.where(num_scores <= TOPK, bits, 0), mask=places < mask_stride)
 
 
 @triton.jit
-def _find_lowest(
+def _mark_best(
     first,
     num_scores,
+    words,
+    mask_stride,
     TOPK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    WARPS: tl.constexpr,  # noqa: N803
     READ: tl.constexpr,  # noqa: N803
 ):
-    """The key of the TOPK-th of more scores, and how many of those that equal it are chosen.
-
-    At every turn: at least TOPK keys (``above_low``) are >= low, fewer (``above_high``) are > high.
-    """
-    places = tl.arange(0, BLOCK)
-    is_score = places < num_scores
-    keys = _order(_load(first, places, num_scores, READ))
-    low = tl.min(tl.where(is_score, keys, HIGHEST))
-    keys = tl.where(is_score, keys, LOWEST)
-    high = tl.max(keys)
-    above_low, above_high = num_scores, num_scores * 0
-    way = num_scores * 0
-    is_stuck = low < LOWEST
-    while low < high:
-        if is_stuck:  # ties, often: shrink the interval to the keys in it
-            low, high = tl.min(tl.where(keys >= low, keys, HIGHEST)), tl.max(tl.where(keys <= high, keys, LOWEST))
-        num_inside = above_low - above_high
-        share = tl.where(way == 0, (TOPK - above_high).to(tl.float32) / num_inside.to(tl.float32), 0.5)
-        low_value, high_value = _value(low), _value(high)
-        # An infinity makes it NaN, which is clamped like any other.
-        middle = _order(high_value - (high_value - low_value) * share)
-        middle = tl.where(way == 2, (low | high) - ((low ^ high) >> 1), middle)
-        middle = tl.minimum(tl.maximum(middle, tl.minimum(low, HIGHEST - 1) + 1), high)
-        count = tl.sum((keys >= middle).to(tl.int32))
-        if count >= TOPK:
-            low, above_low = middle, count
-            if count == TOPK:
-                high = middle
-        else:
-            high, above_high = middle - 1, count
-        is_stuck = above_low - above_high == num_inside
-        way = tl.where((above_low - above_high) * 2 > num_inside, (way + 1) % 3, 0)
-    return low, TOPK - tl.sum((keys > low).to(tl.int32))
-
-
-@triton.jit
-def _load(first, places, num_scores, READ: tl.constexpr):  # noqa: N803
-    return tl.load(first + places, mask=places < (num_scores + READ - 1) // READ * READ, other=0.0)
-
-
-@triton.jit
-def _order(values):
-    """int32 keys that are ordered as the float32 numbers are."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)  # + 0.0 turns -0.0 into 0.0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    """Of more than TOPK scores."""
+    places = place_vectors(BLOCK) + tl.arange(0, VECTOR)
+    values = load_scores(first, places, num_scores, READ)
+    values, lowest = find_lowest(values, places, num_scores, TOPK, WARPS)
+    bits = tl.sum((values >= lowest).to(tl.int32) << tl.arange(0, VECTOR), 2)  # [LANES, lines]
+    bits <<= (tl.arange(0, LANES) * VECTOR % WORD_BITS)[:, None]
+    bits = tl.reshape(bits, (LINE_WORDS, LANES // LINE_WORDS, BLOCK // LINE))
+    to = tl.arange(0, BLOCK // LINE)[None, :] * LINE_WORDS + tl.arange(0, LINE_WORDS)[:, None]
+    tl.store(words + to, tl.sum(bits, 1), mask=to < mask_stride)

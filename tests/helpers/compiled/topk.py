@@ -1,4 +1,4 @@
-from argosy.kernels.triton.topk import CHUNK, MAX_BLOCK, PLACED
+from argosy.kernels.triton.topk import CHUNK, MAX_BLOCK
 from tests.helpers.compiled import Kernel
 
 
@@ -10,7 +10,7 @@ def select(block: int, num_warps: int, *, is_last: bool = True, has_positions: b
         | {"slots": "*i64", "block_table": "*i32"}
         | {"width": "i32", "row_stride": "i32", "kept_stride": "i32", "table_stride": "i32"},
         {"TOPK": 2048, "BLOCK_SIZE": 64, "HAS_POSITIONS": has_positions, "IS_LAST": is_last}
-        | {"BLOCK": block, "PLACED": min(block, PLACED), "READ": 16},
+        | {"BLOCK": block, "WARPS": num_warps, "READ": 16},
         num_warps=num_warps,
         multiples_of_16=("row_stride",),
         label=f"{block} {num_warps}",
@@ -22,7 +22,7 @@ def mask(block: int, num_warps: int) -> Kernel:
         "topk._mask_kernel",
         {"scores": "*fp32", "num_visible": "*i32", "mask": "*i32"}
         | {"width": "i32", "row_stride": "i32", "mask_stride": "i32"},
-        {"TOPK": 2048, "BLOCK": block, "PLACED": min(block, PLACED), "READ": 16},
+        {"TOPK": 2048, "BLOCK": block, "WARPS": num_warps, "READ": 16},
         num_warps=num_warps,
         multiples_of_16=("row_stride",),
         label=f"{block} {num_warps}",
@@ -30,12 +30,13 @@ def mask(block: int, num_warps: int) -> Kernel:
 
 
 KERNELS = (
+    select(4096, 4),
     select(4096, 8),
-    select(4096, 16),
     select(8192, 16),
-    select(16384, 32),
+    select(16384, 16),
     select(MAX_BLOCK, 32, has_positions=True),
-    select(CHUNK, 32, is_last=False),
-    mask(4096, 8),
-    mask(16384, 32),
+    select(CHUNK, 16, is_last=False),
+    mask(4096, 4),
+    mask(8192, 8),
+    mask(16384, 16),
 )
