@@ -1,7 +1,8 @@
 """INT8 x INT8 products at DeepSeek-V3.2's sizes; "tile" cases are the candidates for the tables of the two kernels.
 
-    python -m benchmarks.gpu w8a8          # all
-    python -m benchmarks.gpu "w8a8 tile"   # the candidates alone
+    python -m benchmarks.gpu w8a8                 # all
+    python -m benchmarks.gpu "w8a8 tile"          # the candidates alone
+    python -m benchmarks.gpu "w8a8 tile hopper"   # those of many rows
 
 Few rows are timed as a replayed device graph, as decoding runs them: from Python a launch takes longer than they do.
 Random routing with a spread such that the busiest of 256 experts gets about twice the mean at 4,096 tokens.
@@ -14,10 +15,19 @@ from typing import Generic, TypeVar
 import torch
 
 from argosy.kernels import device_w8a8, reference_w8a8
+from argosy.kernels.triton.hopper_tiles import HopperTile
 from argosy.kernels.triton.quantize import quantize_per_token
 from argosy.kernels.triton.w8a8 import linear_w8a8, linear_w8a8_quantized
 from argosy.kernels.triton.w8a8_few_rows import NARROW_TILES, NarrowTile, SplitTile, w8a8_few_rows
-from argosy.kernels.triton.w8a8_gemm import HopperTile, Tile, choose_tile, w8a8_grouped_gemm
+from argosy.kernels.triton.w8a8_gemm import (
+    GATED_TILES,
+    GATED_WIDE_TILE,
+    PLAIN_TILES,
+    PLAIN_WIDE_TILE,
+    Tile,
+    choose_tile,
+    w8a8_grouped_gemm,
+)
 from benchmarks.gpu.measure import Case, relative_error
 
 HIDDEN_SIZE, EXPERT_WIDTH, NUM_EXPERTS, TOP_K = 7168, 2048, 256, 8
@@ -29,7 +39,7 @@ LINEARS = (
 )
 NUMS_FEW_ROWS = (1, 16, 64, 128)
 MANY_ROWS, MANY_ROWS_LINEARS = 4096, ((7168, 4096), (1536, 24576), (16384, 7168))
-TOKENS = (1, 16, 64, 128, 256, 8192)
+TOKENS = (1, 16, 64, 128, 256, 2048, 4096, 8192)
 PREFILLED_EXPERTS, PREFILLED_ROWS = 16, 2048
 MAX_ERROR = 4e-3  # of bfloat16 results: norm of the difference over the norm; silu has last bits of its own
 NUM_SPECIFIED_ROWS = 2  # compared with the specification itself, which is slow; all are compared with its fast twin
@@ -77,38 +87,22 @@ PERSISTENT_TILES = (
     Tile(16, 64, 512, 5, 4, True, is_flat=True),
     Tile(16, 128, 256, 5, 4, True, is_flat=True),
 )
-DENSE_TILES = (
-    Tile(256, 128, 128, 4, 8, False, 4),
-    Tile(256, 128, 128, 4, 8, False, 4, is_flat=True),
-    Tile(128, 256, 128, 4, 8, False, 4, is_flat=True),
-    Tile(128, 128, 128, 3, 4, False, num_resident=2),
-)
-PLAIN_EXPERT_TILES = (
-    Tile(128, 256, 128, 4, 8, False, 4, tail_rows=64),
-    Tile(128, 256, 128, 4, 8, False, 4, is_flat=True),
-    Tile(256, 128, 128, 4, 8, False, 4),
-    Tile(128, 128, 128, 3, 4, False, tail_rows=64, num_resident=2),
-    Tile(64, 256, 128, 4, 8, False, 4),
-    Tile(128, 128, 128, 3, 4, False, num_resident=2),
-)
-GATED_EXPERT_TILES = (
-    Tile(128, 128, 128, 3, 8, False, tail_rows=64),
-    Tile(128, 128, 128, 3, 8, False, is_flat=True),
-    Tile(128, 128, 128, 4, 8, False),
-    Tile(128, 64, 128, 3, 4, False, tail_rows=64, num_resident=2),
-    Tile(64, 128, 128, 4, 8, False),
-    Tile(128, 64, 128, 3, 4, False, num_resident=2),
-)
-# Predictions for an H200, as shares of the chosen tile's speed, from a simulation of the ring: without a lead 0.99 at K
-# 7168 and 0.97 at K 1536 (both groups write at once); with 2 blocks 0.97 to 1.01 (fewer buffers hide the copies); half
-# blocks of K 0.95 to 1.03 (a finer lead, twice as many waits); half as wide 0.8 to 0.95 (a third more bytes from L2).
+PLAIN_DECODE_TILES = (PLAIN_TILES[0][1], Tile(16, 128, 256, 6, 4, True), Tile(16, 128, 512, 3, 4, True))
+GATED_DECODE_TILES = (GATED_TILES[0][1], Tile(16, 64, 256, 6, 4, True), Tile(16, 64, 512, 3, 4, True))
+# Predictions for an H200, TOP/s of gate and up with down, from a simulation of multiprocessors, memory and its cache
+# (20 to 30 MB of it) that gave 693 to 710 and 830 to 912 without a queue where 685 and 800 were measured: with one
+# 960 to 985 at 4,096 tokens and 1,360 at 8,192 if the clock held; 900 and 1,150 are expected.
+QUEUE_TILES = (HopperTile(), HopperTile(has_queue=False))
+# Shares of the chosen tile's speed, from a simulation of the ring: without a lead 0.99 at K 7168 and 0.97 at K 1536
+# (both groups write at once); with 2 blocks 0.97 to 1.01 (fewer buffers hide the copies); half blocks of K 0.95 to 1.03
+# (a finer lead, twice as many waits).
 HOPPER_TILES = (
     HopperTile(),
     HopperTile(lead=0),
     HopperTile(lead=2),
     HopperTile(block_k=64, num_stages=8, lead=3),
+    HopperTile(walked_tiles=4),
     HopperTile(walked_tiles=16),
-    HopperTile(box_n=64, num_stages=6),
 )
 
 
@@ -137,10 +131,18 @@ def candidates() -> Iterator[Case]:
                     yield build_few_rows(problem, persistent)
     for sizes in MANY_ROWS_LINEARS:
         dense = draw_experts(torch.tensor([MANY_ROWS]), *sizes)
-        for tile in (*HOPPER_TILES, *DENSE_TILES):
+        for tile in (*HOPPER_TILES, PLAIN_WIDE_TILE):
             yield build_experts(dense, f"{sizes[0]} -> {sizes[1]}", tile)
-    for name, counts in (fill_evenly(), route(TOKENS[-1])):
-        yield from build_mlp(name, counts, (*HOPPER_TILES, *GATED_EXPERT_TILES), (*HOPPER_TILES, *PLAIN_EXPERT_TILES))
+    for name, counts in (fill_evenly(), route(8192)):
+        others = HOPPER_TILES[1:]
+        gated, plain = (*QUEUE_TILES, *others, GATED_WIDE_TILE), (*QUEUE_TILES, *others, PLAIN_WIDE_TILE)
+        yield from build_mlp(name, counts, gated, plain)
+    for num_tokens in (2048, 4096):
+        mean_rows = num_tokens * TOP_K // NUM_EXPERTS
+        portable = (choose_tile(mean_rows, 1, is_gated) for is_gated in (True, False))
+        yield from build_mlp(*route(num_tokens), *((*QUEUE_TILES, tile) for tile in portable))
+    for num_tokens in (64, 128):
+        yield from build_mlp(*route(num_tokens), GATED_DECODE_TILES, PLAIN_DECODE_TILES)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ class Replayed(Generic[Result]):
 
 def describe_tile(tile: Tile | HopperTile | NarrowTile | SplitTile) -> str:
     if isinstance(tile, HopperTile):
-        return f"tile hopper 128x{2 * tile.box_n}x{tile.block_k} s{tile.num_stages} l{tile.lead} g{tile.walked_tiles}"
+        shape = f"128x{2 * tile.box_n}x{tile.block_k} s{tile.num_stages} l{tile.lead} g{tile.walked_tiles}"
+        return f"tile hopper {shape}{'' if tile.has_queue else ' no queue'}"
     kind = {Tile: "", NarrowTile: " narrow", SplitTile: " split"}[type(tile)]
     shape = f"{tile.block_rows}x{tile.block_n}x{tile.block_k} s{tile.num_stages} w{tile.num_warps}"
     if isinstance(tile, SplitTile):

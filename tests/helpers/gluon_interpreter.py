@@ -20,10 +20,13 @@ import torch
 from tests.helpers.gluon_partitions import Descriptor, Partitions, spoil
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "int8", "int32", "int64")}
+TRITON_DTYPES = {"fp32": torch.float32}
 
 
-def load_interpreted(module_name: str) -> SimpleNamespace:
-    """The module's names; its kernels are called as ``kernel[(num_programs,)](...)``, with tensors on the CPU."""
+def load_interpreted(module_name: str, *beneath: str) -> SimpleNamespace:
+    """The module's names; its kernels are called as ``kernel[(num_programs,)](...)``, with tensors on the CPU.
+
+    ``beneath``: modules of kernels that it takes functions from, each before those that need it."""
     language = _Language()
     gl = SimpleNamespace(
         **{name: getattr(language, name) for name in dir(language) if not name.startswith("_")}, **DTYPES
@@ -40,12 +43,19 @@ def load_interpreted(module_name: str) -> SimpleNamespace:
     fakes = {"triton": ModuleType("triton"), "triton.experimental": ModuleType("experimental")}
     fakes["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
     fakes |= {"triton.experimental.gluon": gluon, "triton.experimental.gluon.language.nvidia.hopper": hopper}
+    with patch.dict(sys.modules, fakes):
+        for name in beneath:
+            sys.modules[name] = _execute(name)
+        return SimpleNamespace(**vars(_execute(module_name)))
+
+
+def _execute(module_name: str) -> ModuleType:
     spec = find_spec(module_name)
     assert spec is not None and spec.origin is not None
-    names: dict[str, object] = {"__name__": f"interpreted {module_name}"}
-    with open(spec.origin, encoding="utf-8") as file, patch.dict(sys.modules, fakes):
-        exec(compile(file.read(), spec.origin, "exec"), names)  # noqa: S102 - our own source
-    return SimpleNamespace(**names)
+    module = ModuleType(f"interpreted {module_name}")
+    with open(spec.origin, encoding="utf-8") as file:
+        exec(compile(file.read(), spec.origin, "exec"), vars(module))  # noqa: S102 - our own source
+    return module
 
 
 class _Kernel:
@@ -61,6 +71,7 @@ class _Kernel:
         def launch(*arguments: object, num_warps: int, num_stages: int = 0, **constants: object) -> None:
             del num_warps, num_stages
             placed = [_place(value) for value in arguments]
+            constants = {name: _place(value) for name, value in constants.items()}
             for program in range(grid[0]):
                 self._language.start(program, grid[0])
                 self._function(*placed, **constants)
@@ -71,11 +82,14 @@ class _Kernel:
 def _place(argument: object) -> object:
     """As a kernel gets it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language import dtype
 
     if isinstance(argument, torch.Tensor):
         return _Pointer.to(argument)
     if isinstance(argument, TensorDescriptor):
         return Descriptor(argument.base, argument.block_shape)
+    if isinstance(argument, dtype):
+        return TRITON_DTYPES[argument.name]
     return argument
 
 
@@ -117,6 +131,9 @@ class _Shared:
 
     def permute(self, order: Sequence[int]) -> "_Shared":
         return _Shared(self.values.permute(*order))
+
+    def load(self, layout: None) -> torch.Tensor:
+        return self.values.clone()
 
     def store(self, values: torch.Tensor) -> None:
         assert values.dtype == self.values.dtype and values.shape == self.values.shape
@@ -164,7 +181,9 @@ class _Language:
     def layout(self, *_: object, **__: object) -> None:
         return None
 
-    BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = DistributedLinearLayout = layout
+    BlockedLayout = SliceLayout = SwizzledSharedLayout = NVMMASharedLayout = NVMMADistributedLayout = (
+        DistributedLinearLayout
+    ) = layout
     DotOperandLayout = layout
 
     def program_id(self, axis: int) -> torch.Tensor:
@@ -188,8 +207,8 @@ class _Language:
         assert bitcast
         return x.view(dtype)
 
-    def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: None) -> torch.Tensor:
-        return torch.full(shape, value, dtype=dtype)
+    def full(self, shape: list[int], value: torch.Tensor | float, dtype: torch.dtype, layout: None) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=dtype).expand(shape).clone()
 
     def zeros(self, shape: list[int], dtype: torch.dtype, layout: None) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -224,6 +243,8 @@ class _Language:
     def sum(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         return x.sum(axis)
 
+    abs = staticmethod(torch.abs)
+    div_rn = staticmethod(torch.div)
     exp2 = staticmethod(torch.exp2)
     log2 = staticmethod(torch.log2)
 
@@ -239,6 +260,12 @@ class _Language:
         offset, mask = torch.broadcast_tensors(pointer.offset, mask)
         assert values.dtype == pointer.memory.dtype
         pointer.memory[offset[mask]] = values[mask]
+
+    def atomic_add(self, pointer: _Pointer, value: int, sem: str) -> torch.Tensor:
+        """One program runs at a time, so nobody comes between."""
+        before = self.load(pointer)
+        pointer.memory[pointer.offset] += value
+        return before
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: None) -> _Shared:
         shared = _Shared(torch.empty(shape, dtype=dtype))

@@ -1,7 +1,8 @@
 """Barriers in shared memory, copies that complete them, and warps with programs of their own, for the interpreter.
 
-One program runs at a time, until it waits; which is next is drawn by lot. A copy arrives when nobody else can go on: as
-late as it may. Its target holds a number that no test draws until then. A wait asks for a parity, as a card's does.
+One program runs at a time, until it waits or arrives; which is next is drawn by lot. A copy arrives when nobody else
+can go on: as late as it may. Its target holds a number that no test draws until then. A wait asks for a parity, as a
+card's does.
 Invariant: programs that all wait for good are a RuntimeError, which names what they wait for.
 """
 
@@ -101,12 +102,17 @@ class Partitions:
     def expect(self, barrier: Shared, num_bytes: int, pred: bool = True) -> None:
         if pred:
             self._at(barrier).num_bytes += num_bytes
-            self.arrive(barrier)
+            self._arrive(barrier, 1)
 
     def arrive(self, barrier: Shared, *, count: int = 1, pred: bool = True) -> None:
         if pred:
-            self._at(barrier).num_awaited -= count
-            self._at(barrier).settle()
+            self._arrive(barrier, count)
+            if self.current is not None:  # others may go on before this one does
+                self._yield(lambda: True, "its turn")
+
+    def _arrive(self, barrier: Shared, count: int) -> None:
+        self._at(barrier).num_awaited -= count
+        self._at(barrier).settle()
 
     def wait(self, barrier: Shared, phase: int, pred: bool = True) -> None:
         state, parity = self._at(barrier), int(phase)

@@ -13,6 +13,7 @@ import torch
 
 from argosy.kernels import reference_fp8
 from argosy.kernels.reference import silu_mul
+from tests.helpers.gluon_interpreter import load_interpreted
 from tests.helpers.quantized_twin import quantize_blocks
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,3 +187,87 @@ def test_hidden_rows_are_quantised_where_they_are_made(
         hidden = gemm.fp8_grouped_gemm(*x, *weights, counts, dtype, is_gated=True, tile=tile)
         actual = gemm.fp8_grouped_gate_up(*x, *weights, counts, dtype, has_ue8m0_scales=has_ue8m0_scales, tile=tile)
         assert_quantized(actual, reference_fp8.quantize_groups(hidden, has_ue8m0_scales=has_ue8m0_scales))
+
+
+@pytest.fixture
+def hopper_gemm(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """In the interpreter the kernel is put into place."""
+    if IS_INTERPRETED:
+        module = load_interpreted("argosy.kernels.triton.fp8_hopper", "argosy.kernels.triton.hopper_tiles")
+        monkeypatch.setattr(gemm, "multiply_fp8_on_hopper", module.multiply_fp8_on_hopper)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper card")
+    return gemm
+
+
+# Rows of each expert: none, few, both of a tile's groups and one alone, several tiles; and none anywhere. ``None``: one
+# expert has all of 130 rows.
+HOPPER_COUNTS = ((0, 1, 0, 65, 0), (130, 0, 64), (0, 0), None)
+
+
+@pytest.mark.parametrize(("in_features", "has_queue"), ((112, True), (640, True), (640, False)))
+@pytest.mark.parametrize("counts", HOPPER_COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loop_for_hopper(
+    hopper_gemm: ModuleType,
+    fused: ModuleType,
+    dtype: torch.dtype,
+    counts: tuple[int, ...] | None,
+    in_features: int,
+    has_queue: bool,
+) -> None:
+    """Columns and K that end inside a block; fewer blocks of K than the ring has, and more; 3 rows are nobody's."""
+    torch.manual_seed(in_features)
+    num_rows = 130 if counts is None else sum(counts) + 3
+    x = fused.quantize_groups(draw_rows(num_rows, in_features, torch.float32))
+    weight, scale = draw(len(counts or (0,)), 272, in_features)
+    device_counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    tile = hopper_gemm.HopperTile(num_stages=4 if has_queue else 3, walked_tiles=2, has_queue=has_queue)
+    out = hopper_gemm.fp8_grouped_gemm(*x, weight, scale, device_counts, dtype, tile=tile)
+    row = 0
+    for expert, count in enumerate(counts or (num_rows,)):
+        rows = slice(row, row + count)
+        inputs = x[0][rows], x[1][rows], weight[expert], scale[expert]
+        assert_close(out[rows], reference_fp8.linear_fp8_quantized(*inputs, dtype))
+        row += count
+
+
+@pytest.mark.parametrize("has_ue8m0_scales", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loop_for_hopper_quantises_hidden_rows(
+    hopper_gemm: ModuleType, fused: ModuleType, dtype: torch.dtype, has_ue8m0_scales: bool
+) -> None:
+    """Zeros, tiny and huge ones among them; rows behind the last expert's are not touched."""
+    torch.manual_seed(5)
+    counts = torch.tensor((5, 0, 129), dtype=torch.int32, device=DEVICE)
+    rows = draw_rows(140, 256, torch.float32)
+    rows[1], rows[2], rows[3] = 0.0, rows[2] * 1e-12, rows[3] * 1e6
+    x, weights = fused.quantize_groups(rows), draw(3, 512, 256)
+    tile = hopper_gemm.HOPPER_GATED_TILE
+    hidden = hopper_gemm.fp8_grouped_gemm(*x, *weights, counts, dtype, is_gated=True, tile=tile)[:134]
+    plain = hopper_gemm.fp8_grouped_gemm(*x, *weights, counts, torch.float32, tile=hopper_gemm.HOPPER_PLAIN_TILE)[:134]
+    assert_close(hidden, silu_mul(plain.to(dtype)))
+    actual = hopper_gemm.fp8_grouped_gate_up(*x, *weights, counts, dtype, has_ue8m0_scales=has_ue8m0_scales, tile=tile)
+    expected = reference_fp8.quantize_groups(hidden, has_ue8m0_scales=has_ue8m0_scales)
+    assert_quantized((actual[0][:134], actual[1][:134]), expected)
+
+
+def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
+    mean = gemm.HOPPER_MEAN_ROWS
+    for is_gated in (False, True):
+        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(mean * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+
+
+def test_dense_products_of_few_tiles_are_split_rather(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(gemm, "_is_on_hopper", lambda x: True)
+    monkeypatch.setattr(gemm, "_count_programs", lambda tile, device: 132 * tile.num_programs)
+    monkeypatch.setattr(gemm, "_launch", lambda *inputs, **_: launched.append(inputs[6]))
+    monkeypatch.setattr(gemm, "_sum_splits", lambda parts, dtype: parts[0])
+    x, x_scale = torch.empty(1280, 7168, device="meta"), torch.empty(1280, 56, device="meta")
+    weight, scale = torch.empty(1, 4096, 7168, device="meta"), torch.empty(1, 32, 56, device="meta")
+    for rows in (128, 1280):
+        gemm.fp8_grouped_gemm(x[:rows], x_scale[:rows], weight, scale, None, torch.float32)
+    assert launched == [gemm.PLAIN_WIDE_TILE, gemm.HOPPER_PLAIN_TILE]

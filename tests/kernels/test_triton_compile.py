@@ -13,13 +13,15 @@ triton = pytest.importorskip("triton")
 
 import argosy.kernels.triton  # noqa: E402 - after the check that there is a Triton
 from tests.helpers import compiled  # noqa: E402
-from tests.helpers.compiled import Kernel, compile_to_ptx  # noqa: E402
+from tests.helpers.compiled import Kernel, compile_gluon, compile_to_ptx  # noqa: E402
+from tests.helpers.compiled.fp8_gemm import HOPPER_KERNELS as FP8_HOPPER_KERNELS  # noqa: E402
 
 KERNELS: tuple[Kernel, ...] = tuple(
     kernel
     for module in pkgutil.iter_modules(compiled.__path__)
     for kernel in import_module(f"tests.helpers.compiled.{module.name}").KERNELS
 )
+SHARED_BYTES = 227 * 1024  # what a program may have on Hopper
 
 
 def describe(kernel: Kernel) -> str:
@@ -37,6 +39,20 @@ def test_kernel_compiles_for_sm_90(kernel: Kernel) -> None:
         assert bool(vector_loads) == kernel.is_vectorised, f"{len(vector_loads)} loads of 16 bytes"
     for instruction in kernel.instructions:
         assert instruction in ptx, instruction
+
+
+@pytest.mark.parametrize("kernel", FP8_HOPPER_KERNELS, ids=describe)
+def test_loop_for_hopper_in_fp8_compiles(kernel: Kernel) -> None:
+    """It fits into shared memory, waits for half a block's products at once, and stores 16 bytes at once."""
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    ptx, shared_bytes = compile_gluon(kernel)
+    assert shared_bytes <= SHARED_BYTES
+    for instruction in kernel.instructions:
+        assert instruction in ptx, instruction
+    products = len(re.findall(r"wgmma\.mma_async", ptx))
+    assert re.findall(r"wgmma.wait_group.sync.aligned (\d)", ptx) == ["0"] * 4 and products == 16
+    assert "st.global.v4.b32" in ptx
 
 
 def test_no_kernel_is_forgotten() -> None:

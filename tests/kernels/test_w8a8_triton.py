@@ -225,11 +225,12 @@ def small_hopper_tile(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs a Hopper card")
         return {}
-    module = load_interpreted("argosy.kernels.triton.w8a8_hopper")
+    module = load_interpreted("argosy.kernels.triton.w8a8_hopper", "argosy.kernels.triton.hopper_tiles")
     monkeypatch.setattr(gemm, "multiply_on_hopper", module.multiply_on_hopper)
     return {"box_n": 16, "block_k": 16}
 
 
+@pytest.mark.parametrize("has_queue", (False, True))
 @pytest.mark.parametrize("is_gated", (False, True))
 @pytest.mark.parametrize("ring", HOPPER_RINGS)
 @pytest.mark.parametrize("counts", HOPPER_COUNTS, ids=str)
@@ -239,6 +240,7 @@ def test_loop_for_hopper(
     counts: tuple[int, ...] | None,
     ring: tuple[int, int, int],
     is_gated: bool,
+    has_queue: bool,
 ) -> None:
     """Every program ends, and every row has its result; columns end inside a tile, and 3 rows are nobody's."""
     num_blocks, lead, num_stages = ring
@@ -249,7 +251,8 @@ def test_loop_for_hopper(
     x = draw(num_rows, in_features)
     weight, scale = draw(len(counts or (0,)), num_columns * (1 + is_gated), in_features)
     device_counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    tile = gemm.HopperTile(num_stages=num_stages, lead=lead, walked_tiles=2, **small_hopper_tile)
+    places = {"walked_tiles": 2, "has_queue": has_queue}
+    tile = gemm.HopperTile(num_stages=num_stages, lead=lead, **places, **small_hopper_tile)
     inputs = *x, weight, scale, device_counts, torch.float32
     out = gemm.w8a8_grouped_gemm(*inputs, is_gated=is_gated, tile=tile)
     row = 0
@@ -274,10 +277,11 @@ def test_loop_for_hopper_writes_only_its_rows(gemm: ModuleType, small_hopper_til
 
 
 def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
+    mean = gemm.HOPPER_MEAN_ROWS
     for is_gated in (False, True):
-        assert isinstance(gemm.choose_tile(65 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
-        assert isinstance(gemm.choose_tile(64 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
-        assert isinstance(gemm.choose_tile(65 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(mean * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=False), gemm.Tile)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -286,10 +290,11 @@ def test_loop_for_hopper_compiles(number: int) -> None:
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
-    from tests.helpers.compiled.w8a8_gemm import HOPPER_KERNELS, compile_for_hopper
+    from tests.helpers.compiled import compile_gluon
+    from tests.helpers.compiled.w8a8_gemm import HOPPER_KERNELS
 
     kernel = HOPPER_KERNELS[number]
-    ptx, shared_bytes = compile_for_hopper(kernel)
+    ptx, shared_bytes = compile_gluon(kernel)
     assert shared_bytes <= SHARED_BYTES, kernel.label
     for instruction in kernel.instructions:
         assert instruction in ptx, (kernel.label, instruction)

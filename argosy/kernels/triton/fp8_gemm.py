@@ -2,6 +2,7 @@
 
 One persistent kernel serves dense linears (one expert; with few rows K is split, so that all multiprocessors stream
 weights) and experts in prefill and decode (few rows: weights take the instruction's long side, tokens its short one).
+On a Hopper card, many rows go through ``fp8_hopper.py``; the kernel here is its portable twin.
 The tensor cores sum 128 products; ordinary float32 units scale such a sum and add it to the total (DeepSeek-V3,
 section 3.3.2). A tile of two column blocks needs the registers of one such sum only. Invariant: a row's result depends
 on that row, its expert's weights, and through the tile on how many rows there are; on no other row.
@@ -14,12 +15,17 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
-from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.fp8_hopper import multiply_fp8_on_hopper
+from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
 from argosy.kernels.triton.quantize_groups import empty_groups, quantize_last_dim
 
+HOPPER = 90
 BLOCK_K: tl.constexpr = tl.constexpr(BLOCK_SIZE)
 IN_FEATURES_MULTIPLE = 16  # what the card's tile loads ask of a row of bytes
 INTERPRETED_MULTIPROCESSORS = 2  # few enough that each program does several tiles
@@ -46,16 +52,20 @@ class Tile:
 PLAIN_TILES = (
     (16, Tile(16, 128, 5, 4, True, False, 2)),
     (32, Tile(32, 128, 4, 4, True, False, 2)),
-    (64, Tile(64, 128, 4, 4, True, False, 2)),
+    (64, Tile(64, 128, 8, 4, True, False, 1)),
 )
 PLAIN_WIDE_TILE = Tile(128, 128, 4, 8, False, True, 1, 4)
 # Gate and up are the halves; 128 hidden numbers are one group of what is quantised next.
 GATED_TILES = (
-    (16, Tile(16, 128, 3, 4, True, True, 2)),
+    (16, Tile(16, 128, 6, 4, True, True, 1)),
     (32, Tile(32, 128, 5, 8, True, True, 1)),
     (64, Tile(64, 128, 5, 8, True, True, 1)),
 )
 GATED_WIDE_TILE = Tile(128, 128, 4, 8, False, True, 1)
+# On a Hopper card, for more rows than these on average. Not measured yet.
+HOPPER_MEAN_ROWS = 64
+HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
+HOPPER_GATED_TILE = HopperTile()
 
 
 def fp8_grouped_gemm(
@@ -67,7 +77,7 @@ def fp8_grouped_gemm(
     out_dtype: torch.dtype,
     *,
     is_gated: bool = False,
-    tile: Tile | None = None,
+    tile: Tile | HopperTile | None = None,
 ) -> torch.Tensor:
     """``x: [M, K]`` e4m3 sorted by expert, ``x_scale: [M, ceil(K / 128)]`` f32 of any strides, ``weight: [e, N, K]``
     e4m3, ``weight_scale_inv: [e, ceil(N / 128), ceil(K / 128)]`` f32, counts [e] int32 (None: one expert has all rows)
@@ -77,11 +87,13 @@ def fp8_grouped_gemm(
     before, and must be whole blocks. Rows behind the counts' sum stay unwritten. K must be a multiple of
     ``IN_FEATURES_MULTIPLE``; x and the weights are contiguous. No host sync.
     """
-    tile = tile or choose_tile(x.shape[0], weight.shape[0], is_gated)
     num_columns = weight.shape[1] // 2 if is_gated else weight.shape[1]
-    num_splits = 1
-    if num_rows_per_expert is None and not is_gated:
-        num_splits = choose_num_splits(tile, x.shape, num_columns, _count_programs(tile, x.device))
+    is_dense = num_rows_per_expert is None and not is_gated
+    if tile is None:
+        tile = choose_tile(x.shape[0], weight.shape[0], is_gated, _is_on_hopper(x))
+        if is_dense and isinstance(tile, HopperTile) and _count_splits(PLAIN_WIDE_TILE, x, num_columns) > 1:
+            tile = PLAIN_WIDE_TILE
+    num_splits = _count_splits(tile, x, num_columns) if is_dense and isinstance(tile, Tile) else 1
     if num_splits == 1:
         out = torch.empty(x.shape[0], num_columns, dtype=out_dtype, device=x.device)
         _launch(x, x_scale, weight, weight_scale_inv, num_rows_per_expert, out, tile, is_gated=is_gated)
@@ -100,12 +112,12 @@ def fp8_grouped_gate_up(
     hidden_dtype: torch.dtype,
     *,
     has_ue8m0_scales: bool,
-    tile: Tile | None = None,
+    tile: Tile | HopperTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``fp8_grouped_gemm`` with ``is_gated``, whose result of ``hidden_dtype`` is quantised where it is made.
 
     -> e4m3 [M, F], scale [M, F / 128] f32: what ``quantize_groups`` would give."""
-    tile = tile or choose_tile(x.shape[0], weight.shape[0], is_gated=True)
+    tile = tile or choose_tile(x.shape[0], weight.shape[0], True, _is_on_hopper(x))
     quantized, scale = empty_groups(x.shape[0], weight.shape[1] // 2, x.device)
     _launch(
         x,
@@ -123,9 +135,11 @@ def fp8_grouped_gate_up(
     return quantized, scale
 
 
-def choose_tile(num_rows: int, num_experts: int, is_gated: bool) -> Tile:
+def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
     """From what the host knows: the rows, not how they are spread."""
     mean_rows = num_rows / num_experts
+    if is_hopper and mean_rows > HOPPER_MEAN_ROWS:
+        return HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
     tiles = GATED_TILES if is_gated else PLAIN_TILES
     wide = GATED_WIDE_TILE if is_gated else PLAIN_WIDE_TILE
     return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
@@ -150,7 +164,7 @@ def _launch(
     weight_scale_inv: torch.Tensor,
     counts: torch.Tensor | None,
     out: torch.Tensor,
-    tile: Tile,
+    tile: Tile | HopperTile,
     *,
     is_gated: bool = False,
     num_splits: int = 1,
@@ -162,7 +176,13 @@ def _launch(
     num_experts, out_features, _ = weight.shape
     if num_rows == 0:
         return
-    assert not is_gated or (tile.is_halved and out_features % (2 * BLOCK_SIZE) == 0), (tile, weight.shape)
+    assert not is_gated or out_features % (2 * BLOCK_SIZE) == 0, weight.shape
+    hidden = getattr(tl, str(hidden_dtype or out.dtype).removeprefix("torch."))
+    if isinstance(tile, HopperTile):
+        inputs = x, x_scale, weight, weight_scale_inv, counts
+        _launch_on_hopper(*inputs, out, out_scale, tile, is_gated, has_ue8m0_scales, hidden)
+        return
+    assert not is_gated or tile.is_halved, tile
     assert BLOCK_SIZE % tile.block_n == 0, tile  # a column block has one scale
     weight_rows = num_experts * out_features
     _fp8_kernel[(_count_programs(tile, x.device),)](
@@ -192,10 +212,71 @@ def _launch(
         IS_DENSE=counts is None,
         IS_QUANTIZED=out_scale is not None,
         HAS_UE8M0_SCALES=has_ue8m0_scales,
-        HIDDEN_DTYPE=getattr(tl, str(hidden_dtype or out.dtype).removeprefix("torch.")),
+        HIDDEN_DTYPE=hidden,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _launch_on_hopper(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale_inv: torch.Tensor,
+    counts: torch.Tensor | None,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    tile: HopperTile,
+    is_gated: bool,
+    has_ue8m0_scales: bool,
+    hidden: tl.dtype,
+) -> None:
+    num_experts, out_features, in_features = weight.shape
+    assert tile.box_n == tile.block_k == BLOCK_SIZE, tile  # a box has one scale
+    x_tiles, weight_tiles = (
+        GluonDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv))
+        for matrix, block in (
+            (x, [GROUP_ROWS.value, BLOCK_SIZE]),
+            (weight.view(-1, in_features), [BLOCK_SIZE, BLOCK_SIZE]),
+        )
+    )
+    num_programs = count_multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_MULTIPROCESSORS
+    has_queue = tile.has_queue and counts is not None
+    multiply_fp8_on_hopper[(num_programs,)](
+        x_tiles,
+        weight_tiles,
+        x_scale,
+        weight_scale_inv,
+        x_scale if counts is None else counts,  # a launch needs pointers
+        torch.zeros(1, dtype=torch.int32, device=x.device) if has_queue else x_scale,
+        out,
+        x_scale if out_scale is None else out_scale,
+        len(x),
+        num_experts,
+        out.shape[1],
+        out_features,
+        in_features,
+        x_scale.stride(0),
+        x_scale.stride(1),
+        WALKED_TILES=tile.walked_tiles,
+        NUM_STAGES=tile.num_stages,
+        LEAD=tile.lead,
+        HAS_QUEUE=has_queue,
+        IS_GATED=is_gated,
+        IS_DENSE=counts is None,
+        IS_QUANTIZED=out_scale is not None,
+        HAS_UE8M0_SCALES=has_ue8m0_scales,
+        HIDDEN_DTYPE=hidden,
+        num_warps=4,
+    )
+
+
+def _count_splits(tile: Tile, x: torch.Tensor, num_columns: int) -> int:
+    return choose_num_splits(tile, x.shape, num_columns, _count_programs(tile, x.device))
+
+
+def _is_on_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and capability() == HOPPER
 
 
 def _sum_splits(parts: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -48,3 +48,33 @@ def compile_to_ptx(kernel: Kernel) -> str:
         source, target=target, options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     ).asm["ptx"]
     return ptx
+
+
+def compile_gluon(kernel: Kernel) -> tuple[str, int]:
+    """PTX and bytes of shared memory. A descriptor is given as ``i8[64,128]``: its layout is made here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    module, name = kernel.name.split(".")
+    function = getattr(import_module(f"argosy.kernels.triton.{module}"), name)
+    arguments = dict(kernel.arguments)
+    for argument, kind in arguments.items():
+        if kind.endswith("]"):
+            dtype, block = kind[:-1].split("[")
+            shape = [int(number) for number in block.split(",")]
+            layout = gl.NVMMASharedLayout.get_default_for(shape, {"i8": gl.int8, "fp8e4nv": gl.float8e4nv}[dtype])
+            arguments[argument] = f"tensordesc<{kind},{layout!r}>"
+    names = function.arg_names
+    assert set(names) == {*arguments, *kernel.constants}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, argument in enumerate(names)
+        if arguments.get(argument, "").startswith("*") or argument in kernel.multiples_of_16
+    }
+    signature = {argument: arguments.get(argument, "constexpr") for argument in names}
+    constants = {(names.index(argument),): value for argument, value in kernel.constants.items()}
+    source = GluonASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", SM_90, 32), options={"num_warps": kernel.num_warps})
+    return compiled.asm["ptx"], compiled.metadata.shared

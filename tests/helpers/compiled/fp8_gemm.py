@@ -1,6 +1,15 @@
 import triton.language as tl
 
-from argosy.kernels.triton.fp8_gemm import GATED_TILES, GATED_WIDE_TILE, PLAIN_TILES, PLAIN_WIDE_TILE, Tile
+from argosy.kernels.triton.fp8_gemm import (
+    GATED_TILES,
+    GATED_WIDE_TILE,
+    HOPPER_GATED_TILE,
+    HOPPER_PLAIN_TILE,
+    PLAIN_TILES,
+    PLAIN_WIDE_TILE,
+    Tile,
+)
+from argosy.kernels.triton.hopper_tiles import GROUP_ROWS
 from tests.helpers.compiled import Kernel
 
 
@@ -49,4 +58,33 @@ KERNELS = (
         {"BLOCK": 1024},
         multiples_of_16=("size",),
     ),
+)
+
+
+def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
+    """Compiled by ``compile_gluon``. Gated, the result is quantised."""
+    tile = HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
+    return Kernel(
+        "fp8_hopper.multiply_fp8_on_hopper",
+        {"x_tiles": f"fp8e4nv[{GROUP_ROWS.value},128]", "weight_tiles": "fp8e4nv[128,128]"}
+        | {"x_scale": "*fp32", "weight_scale_inv": "*fp32", "counts": "*fp32" if is_dense else "*i32"}
+        | {"num_taken": "*fp32" if is_dense else "*i32", "out": "*fp8e4nv" if is_gated else "*bf16"}
+        | {"out_scale": "*fp32", "num_rows": "i32", "num_columns": "i32", "out_features": "i32"}
+        | {"in_features": "i32", "x_scale_group_stride": "i32"}
+        | ({} if is_dense else {"num_experts": "i32"}),
+        {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
+        | {"HAS_QUEUE": not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
+        | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
+        | ({"num_experts": 1} if is_dense else {}),
+        multiples_of_16=("num_columns", "out_features", "in_features"),
+        instructions=("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "cp.async.bulk.tensor", "setmaxnreg"),
+        label="gated" if is_gated else "dense" if is_dense else "plain",
+    )
+
+
+# Not Triton's but Gluon's: compiled by a test of their own.
+HOPPER_KERNELS = (
+    multiply_fp8_on_hopper(is_gated=False, is_dense=True),
+    multiply_fp8_on_hopper(is_gated=False),
+    multiply_fp8_on_hopper(is_gated=True),
 )

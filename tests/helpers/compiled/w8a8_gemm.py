@@ -1,3 +1,4 @@
+from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
 from argosy.kernels.triton.w8a8_gemm import (
     GATED_TILES,
     GATED_WIDE_TILE,
@@ -5,11 +6,9 @@ from argosy.kernels.triton.w8a8_gemm import (
     HOPPER_PLAIN_TILE,
     PLAIN_TILES,
     PLAIN_WIDE_TILE,
-    HopperTile,
     Tile,
 )
-from argosy.kernels.triton.w8a8_hopper import GROUP_ROWS
-from tests.helpers.compiled import SM_90, Kernel
+from tests.helpers.compiled import Kernel
 
 
 def w8a8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False) -> Kernel:
@@ -47,15 +46,16 @@ KERNELS = (
 
 
 def multiply_on_hopper(tile: HopperTile, *, is_gated: bool, is_dense: bool = False, out: str = "bf16") -> Kernel:
-    """Its descriptors' types are made by ``compile_for_hopper``: they have layouts."""
+    """Compiled by ``compile_gluon``."""
     return Kernel(
         "w8a8_hopper.multiply_on_hopper",
-        {"x_tiles": "", "weight_tiles": "", "x_scale": "*fp32", "weight_scale": "*fp32"}
-        | {"counts": "*fp32" if is_dense else "*i32", "out": f"*{out}", "num_rows": "i32"}
+        {"x_tiles": f"i8[{GROUP_ROWS.value},{tile.block_k}]", "weight_tiles": f"i8[{tile.box_n},{tile.block_k}]"}
+        | {"x_scale": "*fp32", "weight_scale": "*fp32", "counts": "*fp32" if is_dense else "*i32"}
+        | {"num_taken": "*fp32" if is_dense else "*i32", "out": f"*{out}", "num_rows": "i32"}
         | ({} if is_dense else {"num_experts": "i32"})
         | {"num_columns": "i32", "out_features": "i32", "in_features": "i32"},
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
-        | {"IS_GATED": is_gated, "IS_DENSE": is_dense}
+        | {"HAS_QUEUE": tile.has_queue and not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense}
         | ({"num_experts": 1} if is_dense else {}),
         multiples_of_16=("num_columns", "out_features", "in_features"),
         instructions=("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", "cp.async.bulk.tensor", "setmaxnreg"),
@@ -70,31 +70,3 @@ HOPPER_KERNELS = (
     multiply_on_hopper(HOPPER_GATED_TILE, is_gated=True),
     multiply_on_hopper(HOPPER_GATED_TILE, is_gated=True, out="fp32"),
 )
-
-
-def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
-    """PTX of one of ``HOPPER_KERNELS``, and the bytes of shared memory that it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from argosy.kernels.triton import w8a8_hopper
-
-    box_n, block_k = (int(number) for number in kernel.label.split()[:2])
-    function, arguments = w8a8_hopper.multiply_on_hopper, dict(kernel.arguments)
-    for argument, block in (("x_tiles", [GROUP_ROWS.value, block_k]), ("weight_tiles", [box_n, block_k])):
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8)
-        arguments[argument] = f"tensordesc<i8[{block[0]},{block[1]}],{layout!r}>"
-    names = function.arg_names
-    assert set(names) == {*arguments, *kernel.constants}
-    attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, argument in enumerate(names)
-        if arguments.get(argument, "").startswith("*") or argument in kernel.multiples_of_16
-    }
-    signature = {argument: arguments.get(argument, "constexpr") for argument in names}
-    constants = {(names.index(argument),): value for argument, value in kernel.constants.items()}
-    source = GluonASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", SM_90, 32), options={"num_warps": kernel.num_warps})
-    return compiled.asm["ptx"], compiled.metadata.shared
