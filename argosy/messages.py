@@ -125,6 +125,7 @@ class DeploymentStats(msgspec.Struct, frozen=True):
     bytes_sent: dict[str, int]  # by axis, of all ranks together
     tokens_per_expert: list[list[int]]
     tokens_per_rank: list[list[int]]  # that the experts of each ep rank computed
+    num_late_compilations: int = 0  # of kernels, on all ranks, while requests could wait for them
 
     @property
     def replica_imbalance(self) -> float:

@@ -209,6 +209,8 @@ def _reached(time_s: float | None) -> float:
 
 def _describe_deployment(stats: DeploymentStats) -> str:
     experts = f"busiest expert {stats.expert_imbalance:.2f} x the mean in the worst layer"
+    if stats.num_late_compilations:
+        experts += f"; {stats.num_late_compilations} kernels compiled while requests waited"
     if stats.num_ranks == 1:
         return experts
     sent = ", ".join(f"{axis} {count / 1e6:,.1f} MB" for axis, count in stats.bytes_sent.items())

@@ -58,7 +58,11 @@ def arrange(
         num_local_experts,
         is_padded=is_padded,
     )
-    return _build_dispatched(received, arranged, sum_rows)
+    num_expected_rows = None
+    if received.num_local_entries is None:
+        num_experts = expert_map.shape[0] - 1
+        num_expected_rows = -(-received.topk_ids.numel() * num_local_experts // num_experts)
+    return _build_dispatched(received, arranged, sum_rows, num_expected_rows)
 
 
 def sorted_rows(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, num_rows: int | None) -> ArrangedRows:
@@ -122,7 +126,9 @@ def _by_entry(row_ids_by_order: torch.Tensor, order: torch.Tensor, local_ids: to
     return torch.empty_like(order).scatter_(0, order, row_ids_by_order).view(local_ids.shape)
 
 
-def _build_dispatched(received: ReceivedRows, arranged: ArrangedRows, sum_rows: SumRows) -> DispatchedTokens:
+def _build_dispatched(
+    received: ReceivedRows, arranged: ArrangedRows, sum_rows: SumRows, num_expected_rows: int | None
+) -> DispatchedTokens:
     hidden_states, counts, row_ids = arranged
     handle = ArrangedHandle(row_ids, received.topk_weights, received.return_path, sum_rows)
-    return DispatchedTokens(hidden_states, counts, handle)
+    return DispatchedTokens(hidden_states, counts, handle, num_expected_rows=num_expected_rows)

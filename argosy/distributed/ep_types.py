@@ -102,6 +102,8 @@ class DispatchedTokens:
     handle: DispatchHandle
     expert_weights: torch.Tensor | None = None  # [T, e] float32, 0 where the token does not go
     quantized: QuantizedRows | None = None  # sorted rows that came in 8 bits; ``hidden_states`` are their numbers
+    # About how many sorted rows are somebody's, where the host does not know it and most may be nobody's; None: all.
+    num_expected_rows: int | None = None
 
     @property
     def is_padded(self) -> bool:

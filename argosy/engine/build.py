@@ -31,6 +31,7 @@ from argosy.engine.build_rank import (
     load_model,
     measure_num_blocks,
     measure_step,
+    warm_up_kernels,
 )
 from argosy.engine.engine_core import EngineCore
 from argosy.engine.memory_use import MemoryUse
@@ -41,6 +42,7 @@ from argosy.platforms import Platform, select_platform
 from argosy.quantization.load_progress import LoadProgress, ProgressCallback
 from argosy.runner.graph_runner import OnCapture
 from argosy.runner.model_runner import ModelRunner
+from argosy.runner.warm_up import OnTrial
 
 StartProgress = Callable[[str, int, int], None]  # the stage's name, how much of it is done, and of how much
 
@@ -140,7 +142,7 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgre
     device, dtype = prepared.platform.device(0), DTYPES[config.dtype]
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    on_load, on_capture = _split_progress(on_progress)
+    on_load, on_trial, on_capture = _split_progress(on_progress)
     model = load_model(
         config, prepared.directory, model_config, ParallelMesh.local(), prepared.platform, device, on_load
     )
@@ -149,8 +151,11 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgre
     check_num_blocks(config, num_blocks)
     config = dataclasses.replace(config, num_blocks=num_blocks)
     runner = build_runner(config, model_config, model, prepared.tokenizer.vocab_size, prepared.platform, device)
+    warm_up_kernels(config, model_config, runner, prepared.platform, on_trial=on_trial)
     free_bytes = prepared.platform.memory_info().free_bytes
     runner.graphs = build_graphs(config, model_config, runner, prepared.platform, on_capture)
+    runner.try_graphs()
+    runner.compilations.start_counting()
     return BuiltEngine(
         config=config,
         model_config=model_config,
@@ -163,14 +168,16 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgre
     )
 
 
-def _split_progress(on_progress: StartProgress | None) -> tuple[ProgressCallback | None, OnCapture | None]:
+def _split_progress(
+    on_progress: StartProgress | None,
+) -> tuple[ProgressCallback | None, OnTrial | None, OnCapture | None]:
     if on_progress is None:
-        return None, None
+        return None, None, None
 
     def on_load(progress: LoadProgress) -> None:
         on_progress("loading weights", progress.num_tensors, progress.total_tensors)
 
-    return on_load, partial(on_progress, "recording device graphs")
+    return on_load, partial(on_progress, "compiling kernels"), partial(on_progress, "recording device graphs")
 
 
 def _describe_memory(

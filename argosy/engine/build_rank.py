@@ -5,6 +5,7 @@ other ranks. Invariant: what two ranks of a replica set up from equal settings b
 """
 
 import secrets
+import sys
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from argosy.cache.cache_format import CacheDims, build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
 from argosy.cache.rope import RotarySettings, build_rotary_table
 from argosy.config import DTypeName, EngineConfig
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN
 from argosy.distributed.mesh import ParallelMesh
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.weight_format import choose_quantization
+from argosy.kernels.select import select_compilation_counter
 from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
@@ -29,6 +32,7 @@ from argosy.runner.graph_runner import GraphRunner, OnCapture, graph_batch_sizes
 from argosy.runner.model_runner import ModelRunner
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
+from argosy.runner.warm_up import OnTrial, PlanExchange, WarmUpSizes, plan_warm_up, warm_up
 from argosy.runner.workspace import StepSizes, measure_workspace
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -198,7 +202,42 @@ def build_runner(
         eos_token_ids=model_config.eos_token_ids,
         platform=platform,
         device=device,
+        compilations=select_compilation_counter(platform.device_type, _report_compilation),
     )
+
+
+def warm_up_kernels(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    runner: ModelRunner,
+    platform: Platform,
+    plan_exchange: PlanExchange = lambda _: SINGLE_RANK_PLAN,
+    on_trial: OnTrial | None = None,
+) -> None:
+    """Every kernel that a step may need is compiled, where they are compiled at all. Collective, see ``warm_up``."""
+    if not runner.compilations.is_needed:
+        return
+    assert config.max_model_len is not None
+    trials = plan_warm_up(
+        WarmUpSizes(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            index_topk=model_config.index_topk,
+        )
+    )
+    warm_up(
+        runner.model,
+        runner.cache.format,
+        runner.rotary,
+        trials,
+        block_size=config.block_size,
+        vocab_size=model_config.vocab_size,
+        plan_exchange=plan_exchange,
+        on_trial=on_trial,
+    )
+    runner.model.expert_load.reset()
+    platform.reset_peak()
 
 
 def build_scheduler(config: EngineConfig) -> Scheduler:
@@ -239,6 +278,11 @@ def cache_dims(model_config: ModelConfig) -> CacheDims:
         qk_rope_head_dim=model_config.qk_rope_head_dim,
         index_head_dim=model_config.index_head_dim,
     )
+
+
+def _report_compilation(line: str) -> None:
+    sys.stderr.write(f"argosy: {line}\n")
+    sys.stderr.flush()
 
 
 def _blocks_per_request(config: EngineConfig) -> int:

@@ -27,8 +27,8 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.worker import RankSettings, run_worker
 from argosy.models.deepseek.config import ModelConfig
 
-# Beside weights: rendezvous, fingerprints, groups, self-test, cache, sockets; each is bounded on the ranks, which can
-# say who is missing, so this is for ranks that say nothing at all.
+# Beside weights and kernels: rendezvous, fingerprints, groups, self-test, cache, sockets; each is bounded on the ranks,
+# which can say who is missing, so this is for ranks that say nothing at all.
 _NUM_PHASES = 6
 _POLL_S = 0.1
 _GRACE_S = 5.0
@@ -195,7 +195,7 @@ def _start_ranks(prepared: Preparation, place: TorchrunPlace | None, started_s: 
 def _wait_for_replicas(link: ProcessLink, config: EngineConfig) -> list[ReplicaReady]:
     """By dp rank."""
     ready: dict[int, ReplicaReady] = {}
-    timeout_s = config.startup_timeout_s * _NUM_PHASES + config.weights_timeout_s
+    timeout_s = config.startup_timeout_s * _NUM_PHASES + 2 * config.weights_timeout_s
     deadline_s = time.monotonic() + timeout_s
     while len(ready) < config.dp_size:
         left_s = deadline_s - time.monotonic()

@@ -24,6 +24,7 @@ def summarize_stats(replicas: Sequence[ReplicaStats], num_ep_ranks: int) -> Depl
         bytes_sent=dict(bytes_sent),
         tokens_per_expert=[[tokens for experts in layer for tokens in experts] for layer in layers],
         tokens_per_rank=[[sum(experts) for experts in layer] for layer in layers],
+        num_late_compilations=sum(rank.num_late_compilations for rank in ranks),
     )
 
 

@@ -84,7 +84,11 @@ class EngineCore:
             num_preemptions=scheduler.num_preemptions,
             num_agreements=0,
             coordination_s=0.0,
-            ranks=[RankStats(0, {}, self.runner.model.expert_load.local_counts())],
+            ranks=[
+                RankStats(
+                    0, {}, self.runner.model.expert_load.local_counts(), self.runner.compilations.num_compilations
+                )
+            ],
         )
 
     def _forget_steps_of_nobody(self) -> None:

@@ -88,6 +88,7 @@ class RankStats(msgspec.Struct, frozen=True, tag=True):
     rank: int
     bytes_sent: dict[str, dict[str, int]]  # axis -> operation -> bytes that this rank sent to others
     tokens_per_expert: list[list[int]] = []  # by MoE layer, of this rank's experts in order
+    num_late_compilations: int = 0  # of kernels, since this rank was ready
 
 
 class ReplicaStats(msgspec.Struct, frozen=True, tag=True):

@@ -15,10 +15,13 @@ from argosy.config import EngineConfig
 from argosy.distributed.dp_coord import (
     DPCoordinator,
     ExchangePolicy,
+    StepProposal,
+    agree,
     choose_ll_max_tokens_per_rank,
     expected_ranks_visited,
 )
 from argosy.distributed.ep_self_test import check_experts
+from argosy.distributed.ep_types import ExchangePlan
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import RankContext
 from argosy.distributed.self_test import run_self_test
@@ -30,15 +33,16 @@ from argosy.engine.build_rank import (
     check_num_blocks,
     load_model,
     measure_num_blocks,
+    warm_up_kernels,
 )
 from argosy.engine.meeting_points import PlanHub, PlanSpoke, connect_to_driver, connect_to_leader, open_plan_hub
 from argosy.engine.replica_loop import ReplicaLoop
 from argosy.engine.replica_messages import RankHello, RankStats, ReplicaReady
 from argosy.engine.replica_ranks import ReplicaRanks, follow_leader
 from argosy.models.deepseek.config import ModelConfig, load_model_config
-from argosy.models.deepseek.model import DeepseekV32Model
 from argosy.platforms import Platform, select_platform
 from argosy.runner.model_runner import ModelRunner
+from argosy.runner.warm_up import PlanExchange
 
 
 class RankSettings(msgspec.Struct, frozen=True):
@@ -97,7 +101,11 @@ class RankWorker:
             model = load_model(config, directory, model_config, self._mesh, platform, device)
         with phases.run("cache"):
             self._config = dataclasses.replace(config, num_blocks=self._agree_on_num_blocks(model_config, platform))
-            return build_runner(self._config, model_config, model, self._settings.num_valid_tokens, platform, device)
+            runner = build_runner(self._config, model_config, model, self._settings.num_valid_tokens, platform, device)
+        with phases.run("kernels", deadline_s=config.weights_timeout_s):
+            warm_up_kernels(self._config, model_config, runner, platform, self._plan_exchange(model_config))
+        runner.compilations.start_counting()
+        return runner
 
     def lead(self, runner: ModelRunner) -> None:
         """The loop of a replica's first rank."""
@@ -110,7 +118,7 @@ class RankWorker:
         coordinator = DPCoordinator(self._mesh.leaders.named("agreement on a step"))
         loop = ReplicaLoop(
             build_scheduler(self._config),
-            ReplicaRanks(runner, hub, followers, lambda: self._count_stats(runner.model)),
+            ReplicaRanks(runner, hub, followers, lambda: self._count_stats(runner)),
             policy=build_policy(self._config, model_config, layout.num_ep_ranks, self._platform),
             eos_token_ids=model_config.eos_token_ids,
             coordinator=coordinator,
@@ -132,7 +140,7 @@ class RankWorker:
             self._context.store, self._dp_rank, self._context.rank, self._config.startup_timeout_s
         )
         spoke.send(RankHello())
-        follow_leader(spoke, runner, lambda: self._count_stats(runner.model))
+        follow_leader(spoke, runner, lambda: self._count_stats(runner))
         spoke.close()
 
     def _agree_on_num_blocks(self, model_config: ModelConfig, platform: Platform) -> int:
@@ -143,13 +151,25 @@ class RankWorker:
         check_num_blocks(config, num_blocks)
         return num_blocks
 
-    def _count_stats(self, model: DeepseekV32Model) -> RankStats:
+    def _plan_exchange(self, model_config: ModelConfig) -> PlanExchange:
+        """What the replicas would agree on if all had as many tokens."""
+        layout = self._context.layout
+        policy = build_policy(self._config, model_config, layout.num_ep_ranks, self._platform)
+
+        def plan(num_tokens: int) -> ExchangePlan:
+            agreement = agree([StepProposal(0, num_tokens)] * self._config.dp_size, policy)
+            return ExchangePlan(agreement.mode, agreement.max_tokens_per_rank)
+
+        return plan
+
+    def _count_stats(self, runner: ModelRunner) -> RankStats:
         mesh = self._mesh
         communicators = (mesh.world, mesh.tp, mesh.ep, mesh.leaders)
         return RankStats(
             rank=self._context.rank,
             bytes_sent={each.axis: dict(each.bytes_sent) for each in communicators},
-            tokens_per_expert=model.expert_load.local_counts(),
+            tokens_per_expert=runner.model.expert_load.local_counts(),
+            num_late_compilations=runner.compilations.num_compilations,
         )
 
 

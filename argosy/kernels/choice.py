@@ -135,9 +135,17 @@ def _route_of(x: torch.Tensor) -> ModuleType:
 
 
 def grouped_mlp(
-    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, num_tokens_per_expert: torch.Tensor
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    num_tokens_per_expert: torch.Tensor,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference.grouped_mlp``."""
+    """See ``reference.grouped_mlp``. ``num_expected_rows``: see ``grouped_mlp_w8a8``."""
+    if has_kernels(x):
+        from argosy.kernels.triton import plain_experts
+
+        return plain_experts.grouped_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert, num_expected_rows)
     return (cpu if x.is_cpu else reference).grouped_mlp(x, gate_up_proj, down_proj, num_tokens_per_expert)
 
 
@@ -182,9 +190,19 @@ def grouped_mlp_w8a8(
     down_proj: torch.Tensor,
     down_scale: torch.Tensor,
     num_tokens_per_expert: torch.Tensor,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_w8a8.grouped_mlp_w8a8``."""
-    return _w8a8_of(x).grouped_mlp_w8a8(x, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert)
+    """See ``reference_w8a8.grouped_mlp_w8a8``.
+
+    ``num_expected_rows``: about how many rows the counts add up to, where the host does not know it and most of x may
+    be spare; None: all but a few. It is for a card's choice of programs, and changes no number of W8A8's.
+    """
+    matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
+    if has_kernels(x):
+        from argosy.kernels.triton import w8a8
+
+        return w8a8.grouped_mlp_w8a8(x, *matrices, num_tokens_per_expert, num_expected_rows)
+    return _w8a8_of(x).grouped_mlp_w8a8(x, *matrices, num_tokens_per_expert)
 
 
 def grouped_mlp_w8a8_masked(
@@ -217,9 +235,13 @@ def grouped_mlp_fp8(
     num_tokens_per_expert: torch.Tensor,
     *,
     has_ue8m0_scales: bool,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_fp8.grouped_mlp_fp8``."""
-    return _fp8_of(x).grouped_mlp_fp8(
+    """See ``reference_fp8.grouped_mlp_fp8``. ``num_expected_rows``: see ``grouped_mlp_w8a8``."""
+    compute = _fp8_of(x).grouped_mlp_fp8
+    if has_kernels(x):
+        compute = functools.partial(compute, num_expected_rows=num_expected_rows)
+    return compute(
         x,
         gate_up_proj,
         gate_up_scale_inv,

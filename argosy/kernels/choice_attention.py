@@ -15,6 +15,8 @@ from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import LatentRowLayout, NumberFormat
 from argosy.kernels.reference_paged import DecodeInputs
 
+SLOT_MULTIPLE = 16  # what Triton compiles a kernel for, and apart from other lengths
+
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +286,7 @@ def attend_paged(
         return reference_paged.attend_paged(
             query, latent_cache, block_table, seq_lens, max_seq_len, kv_lora_rank, softmax_scale
         )
-    slots = reference_paged.list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
+    slots = _list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
     return attend_sparse(query, latent_cache, slots, kv_lora_rank, softmax_scale)
 
 
@@ -302,5 +304,12 @@ def attend_paged_encoded(
         return reference_paged.attend_paged_encoded(
             query, latent_cache, block_table, seq_lens, max_seq_len, layout, softmax_scale
         )
-    slots = reference_paged.list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
+    slots = _list_slots(block_table, seq_lens, max_seq_len, latent_cache.shape[1])
     return attend_sparse_encoded(query, latent_cache, slots, layout, softmax_scale)
+
+
+def _list_slots(block_table: torch.Tensor, seq_lens: torch.Tensor, max_seq_len: int, block_size: int) -> torch.Tensor:
+    """``reference_paged.list_slots`` in whole multiples: for rows of other lengths a kernel is compiled once more."""
+    multiple = min(SLOT_MULTIPLE, block_size)  # both powers of two, so the block table reaches as far
+    num_slots = -(-max_seq_len // multiple) * multiple
+    return reference_paged.list_slots(block_table, seq_lens, num_slots, block_size)

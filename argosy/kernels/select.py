@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
 
+from argosy.kernels.compilations import CompilationCounter, LateCompilations, NoCompilations, Report
+
 if TYPE_CHECKING:
     from argosy.kernels.triton.row_ops import TritonRowOps
 
@@ -53,3 +55,14 @@ def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:
     sorted rows on the card.
     """
     return "sorted" if device_type == "cuda" else "padded"
+
+
+def select_compilation_counter(device_type: str, report: Report) -> CompilationCounter:
+    """Counts what Triton compiles on CUDA; elsewhere nothing is compiled."""
+    if device_type != "cuda":
+        return NoCompilations()
+    from argosy.kernels.triton.compilation_hook import watch_compilations
+
+    counter = LateCompilations(report)
+    watch_compilations(counter)
+    return counter

@@ -63,9 +63,12 @@ class FP8BlockExperts(nn.Module):
             return grouped_mlp_fp8_quantized(
                 rows.numbers, rows.scale, *matrices, counts, rows.dtype, has_ue8m0_scales=has_ue8m0_scales
             )
+        num_expected_rows = dispatched.num_expected_rows
         if dispatched.is_padded:  # whole capacities
-            counts = torch.full_like(counts, x.shape[1])
-        out = grouped_mlp_fp8(x.flatten(0, -2), *matrices, counts, has_ue8m0_scales=has_ue8m0_scales)
+            counts, num_expected_rows = torch.full_like(counts, x.shape[1]), None
+        out = grouped_mlp_fp8(
+            x.flatten(0, -2), *matrices, counts, has_ue8m0_scales=has_ue8m0_scales, num_expected_rows=num_expected_rows
+        )
         return out.view(x.shape)
 
 

@@ -51,8 +51,10 @@ class PlainExperts(nn.Module):
         """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D], [e, capacity, D] or [T, D]."""
         if dispatched.expert_weights is not None:
             return weighted_mlp(dispatched.hidden_states, self.gate_up_proj, self.down_proj, dispatched.expert_weights)
-        compute = grouped_mlp_masked if dispatched.is_padded else grouped_mlp
-        return compute(dispatched.hidden_states, self.gate_up_proj, self.down_proj, dispatched.num_tokens_per_expert)
+        matrices, counts = (self.gate_up_proj, self.down_proj), dispatched.num_tokens_per_expert
+        if dispatched.is_padded:
+            return grouped_mlp_masked(dispatched.hidden_states, *matrices, counts)
+        return grouped_mlp(dispatched.hidden_states, *matrices, counts, dispatched.num_expected_rows)
 
 
 class PlainScheme:

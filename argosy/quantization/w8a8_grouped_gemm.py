@@ -29,8 +29,9 @@ class W8A8Experts(nn.Module):
         counts, rows = dispatched.num_tokens_per_expert, dispatched.quantized
         if rows is not None:
             return grouped_mlp_w8a8_quantized(rows.numbers, rows.scale, *matrices, counts, rows.dtype)
-        compute = grouped_mlp_w8a8_masked if dispatched.is_padded else grouped_mlp_w8a8
-        return compute(dispatched.hidden_states, *matrices, counts)
+        if dispatched.is_padded:
+            return grouped_mlp_w8a8_masked(dispatched.hidden_states, *matrices, counts)
+        return grouped_mlp_w8a8(dispatched.hidden_states, *matrices, counts, dispatched.num_expected_rows)
 
 
 def _empty_matrices(num_experts: int, out_size: int, in_size: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -14,6 +14,7 @@ import torch
 from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
 from argosy.kernels import RotaryTable
+from argosy.kernels.compilations import CompilationCounter, NoCompilations
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from argosy.models.deepseek.model import DeepseekV32Model
@@ -59,11 +60,13 @@ class ModelRunner:
         eos_token_ids: Sequence[int],
         platform: Platform,
         device: torch.device,
+        compilations: CompilationCounter | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.rotary = rotary
         self.graphs: GraphRunner | None = None  # recordings of decode steps, made once the runner is there
+        self.compilations = compilations or NoCompilations()  # of kernels, since the first request could come
         self._sampler = sampler
         self._table = row_table
         self._eos_token_ids = tuple(eos_token_ids)
@@ -111,6 +114,12 @@ class ModelRunner:
     def execute_dummy(self, exchange: ExchangePlan) -> None:
         """Takes part in the others' step with one token of nobody. Collective as ``start``."""
         self.model(self._builder.build_dummy(exchange), self.cache)
+
+    @torch.inference_mode()
+    def try_graphs(self) -> None:
+        """Replays one recording, if there are any: filling its inputs takes a kernel too. Writes no cache slot."""
+        if self.graphs is not None:
+            self.graphs.run(self._builder.build_dummy(SINGLE_RANK_PLAN))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         if self.graphs is not None and self.graphs.fits(batch):

@@ -6,6 +6,7 @@ a real step takes. Invariant: nothing that is allocated here outlives the call.
 Shape letters: T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from argosy.runner.batch_builder import BatchBuilder
 from argosy.runner.row_table import RowTable
 from argosy.sampling_params import SamplingParams
 
+_STRIDE = 7919  # a prime: neighbouring tokens are no neighbours in the vocabulary
 # Index scores are made in pieces of a fixed size, so a longer context takes more time and no more memory.
 LONGEST_CONTEXT = 65536
 
@@ -71,23 +73,30 @@ def plan_largest_prefill(sizes: StepSizes) -> ScheduledBatch:
     longest = min(sizes.max_model_len, max(LONGEST_CONTEXT, sizes.max_num_batched_tokens))
     starts = range(0, sizes.max_num_batched_tokens, longest)
     num_tokens = [min(longest, sizes.max_num_batched_tokens - start) for start in starts][: sizes.max_num_seqs]
+    return plan_trial([(longest - scheduled, scheduled) for scheduled in num_tokens])
+
+
+def plan_trial(requests: Sequence[tuple[int, int]], num_token_ids: int = 1) -> ScheduledBatch:
+    """A step of requests that nobody made: computed and scheduled tokens of each, decodes first. All are sampled, and
+    have no blocks. ``num_token_ids``: so many different tokens are computed, so that they go to different experts."""
+    num_computed, num_scheduled = [computed for computed, _ in requests], [scheduled for _, scheduled in requests]
     admitted = [
         AdmittedRequest(
             row=row,
-            request_id=f"workspace-{row}",
-            token_ids=[0] * longest,
-            num_prompt_tokens=longest,
-            num_computed_tokens=longest - scheduled,
+            request_id=f"trial-{row}",
+            token_ids=[0] * computed + [(row + i) * _STRIDE % num_token_ids for i in range(scheduled)],
+            num_prompt_tokens=computed + scheduled,
+            num_computed_tokens=computed,
             block_ids=[],
             sampling_params=SamplingParams(),
         )
-        for row, scheduled in enumerate(num_tokens)
+        for row, (computed, scheduled) in enumerate(requests)
     ]
     return ScheduledBatch(
         step=0,
-        rows=list(range(len(num_tokens))),
-        num_computed_tokens=[longest - scheduled for scheduled in num_tokens],
-        num_scheduled_tokens=num_tokens,
+        rows=list(range(len(requests))),
+        num_computed_tokens=num_computed,
+        num_scheduled_tokens=num_scheduled,
         admitted=admitted,
-        num_tokens=sum(num_tokens),
+        num_tokens=sum(num_scheduled),
     )

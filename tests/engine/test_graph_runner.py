@@ -72,6 +72,26 @@ def test_tokens_from_padded_static_batches_are_those_of_eager_steps(
     assert graphs.num_graphs == 3 * len(lengths)
 
 
+def test_trying_a_recording_leaves_no_trace(device: str) -> None:
+    """Before the first request: one is replayed, and no slot of the cache is written."""
+    llm = build(device)
+    runner = llm.engine.runner
+    runner.try_graphs()  # without recordings, nothing
+    runner.graphs = capture(llm, (2,), (256,))
+    before = runner.cache.latent.clone(), runner.cache.index_k.clone()
+    num_runs, run = 0, runner.graphs.run
+
+    def count(batch: ForwardBatch) -> torch.Tensor:
+        nonlocal num_runs
+        num_runs += 1
+        return run(batch)
+
+    runner.graphs.run = count  # type: ignore[method-assign]
+    runner.try_graphs()
+    assert num_runs == 1
+    assert torch.equal(runner.cache.latent, before[0]) and torch.equal(runner.cache.index_k, before[1])
+
+
 def test_rows_that_a_larger_batch_left_behind_write_nothing(device: str) -> None:
     """Three requests after six: the padding of the second batch must not touch the blocks of the first one's."""
     llm = build(device, enable_prefix_caching=False)

@@ -171,6 +171,17 @@ def test_silu_mul(fused: SimpleNamespace, dtype: torch.dtype, width: int, num_to
     assert_quantised(*fused.norms.silu_mul_quantize(gate_up), out)
 
 
+@pytest.mark.parametrize("num_expected_rows", (0, 1, 3, 100))
+def test_silu_mul_of_real_rows_alone(fused: SimpleNamespace, num_expected_rows: int) -> None:
+    torch.manual_seed(0)
+    gate_up = draw_rows(20, 2 * 1100, torch.float32)
+    counts = torch.tensor((4, 0, 7), dtype=torch.int32, device=DEVICE)
+    gate_up[11:] = float("nan")
+    out = fused.norms.silu_mul_real_rows(gate_up, counts, num_expected_rows)
+    assert out.shape == (20, 1100)
+    assert_close(out[:11], reference.silu_mul(gate_up[:11]))
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 def test_scale_shows_what_is_not_finite(fused: SimpleNamespace, value: float) -> None:
     x = torch.ones(3, 40, device=DEVICE)

@@ -135,18 +135,47 @@ def test_every_tile_gives_the_same(gemm: ModuleType, fused: ModuleType) -> None:
     expected = reference_fp8.linear_fp8(x, weight, scale, has_ue8m0_scales=False)
     numbers = fused.quantize_groups(x)
     others = (gemm.Tile(64, 64, 2, 4, False, True, 2), gemm.Tile(128, 128, 2, 8, False, False, 1, num_unrolled=2))
-    for tile in (*(tile for _, tile in gemm.PLAIN_TILES), gemm.PLAIN_WIDE_TILE, *others):
+    for tile in (*gemm.PLAIN_TILES, gemm.PLAIN_WIDE_TILE, *others):
         out = gemm.fp8_grouped_gemm(*numbers, weight[None], scale[None], None, torch.float32, tile=tile)
         assert_close(out, expected)
 
 
 def test_few_tiles_split_the_inputs(gemm: ModuleType) -> None:
-    tile = gemm.PLAIN_TILES[0][1]
+    tile = gemm.PLAIN_TILES[0]
     assert gemm.choose_num_splits(tile, torch.Size((1, 7168)), 4096, 264) == 8
     assert gemm.choose_num_splits(tile, torch.Size((1, 1536)), 24576, 264) == 1
     assert gemm.choose_num_splits(tile, torch.Size((1, 640)), 128, 264) == 1
     assert gemm.choose_num_splits(tile, torch.Size((1, 2304)), 128, 264) == 4
     assert gemm.choose_num_splits(tile, torch.Size((1, 3840)), 128, 264) == 6  # of 5 blocks: 7 would leave one empty
+
+
+@pytest.mark.parametrize("many_rows", (1, 1000))
+@pytest.mark.parametrize("num_expected_rows", (0, 1, 6, 100))
+@pytest.mark.parametrize("counts", ((0, 0, 0), (3, 0, 6), (5, 5, 5)))
+def test_spare_rows_are_not_quantised(
+    fused: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: tuple[int, ...],
+    num_expected_rows: int,
+    many_rows: int,
+) -> None:
+    """However many programs share the real ones, several rows each or one."""
+    from argosy.kernels.triton import quantize_groups
+
+    allocate = quantize_groups.empty_groups
+
+    def allocate_filled(num_rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers, scale = allocate(num_rows, size, device)
+        return numbers.fill_(7.0), scale.fill_(7.0)
+
+    monkeypatch.setattr(quantize_groups, "empty_groups", allocate_filled)
+    monkeypatch.setattr(quantize_groups, "MANY_ROWS", many_rows)
+    torch.manual_seed(5)
+    real, x = sum(counts), draw_rows(15, 1200, torch.float32)
+    num_rows = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    quantized, scale = quantize_groups.quantize_real_groups(x, num_rows, num_expected_rows, has_ue8m0_scales=False)
+    assert_quantized((quantized[:real], scale[:real]), reference_fp8.quantize_groups(x[:real], has_ue8m0_scales=False))
+    assert (quantized[real:].float() == 7.0).all() and (scale[real:] == 7.0).all()
 
 
 # Rows of each expert: none at all, one, few, a tile and one more; 8 rows behind the last are nobody's.
@@ -157,9 +186,10 @@ COUNTS = (
 )
 
 
+@pytest.mark.parametrize("num_expected_rows", (None, 3))
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...], num_expected_rows: int | None) -> None:
     torch.manual_seed(len(counts))
     hidden_size, width = (144, 128) if IS_INTERPRETED else (7168, 2048)
     gate_up, down = draw(len(counts), 2 * width, hidden_size), draw(len(counts), hidden_size, width)
@@ -167,7 +197,9 @@ def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...])
     real = sum(counts)
     x = draw_rows(real + 8, hidden_size, dtype)
     x[real:] = float("nan")
-    out = fused.grouped_mlp_fp8(x, *gate_up, *down, num_tokens, has_ue8m0_scales=True)[:real]
+    out = fused.grouped_mlp_fp8(
+        x, *gate_up, *down, num_tokens, has_ue8m0_scales=True, num_expected_rows=num_expected_rows
+    )[:real]
     expected = reference_fp8.grouped_mlp_fp8(x, *gate_up, *down, num_tokens, has_ue8m0_scales=True)[:real]
     assert out.isfinite().all()
     # Another order of sums now and then moves a hidden number by one step of e4m3.
@@ -183,7 +215,7 @@ def test_hidden_rows_are_quantised_where_they_are_made(
     counts = torch.tensor((5, 0, 21), dtype=torch.int32, device=DEVICE)
     weights = draw(3, 512, 128)
     x = fused.quantize_groups(draw_rows(26, 128, dtype))
-    for tile in (gemm.GATED_TILES[0][1], gemm.GATED_WIDE_TILE):
+    for tile in (gemm.GATED_TILES[0], gemm.GATED_WIDE_TILE):
         hidden = gemm.fp8_grouped_gemm(*x, *weights, counts, dtype, is_gated=True, tile=tile)
         actual = gemm.fp8_grouped_gate_up(*x, *weights, counts, dtype, has_ue8m0_scales=has_ue8m0_scales, tile=tile)
         assert_quantized(actual, reference_fp8.quantize_groups(hidden, has_ue8m0_scales=has_ue8m0_scales))
@@ -253,11 +285,10 @@ def test_loop_for_hopper_quantises_hidden_rows(
 
 
 def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
-    mean = gemm.HOPPER_MEAN_ROWS
     for is_gated in (False, True):
-        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
-        assert isinstance(gemm.choose_tile(mean * 256, 256, is_gated, is_hopper=True), gemm.Tile)
-        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+        assert isinstance(gemm.choose_tile(51 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(49 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile(51 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
 
 
 def test_dense_products_of_few_tiles_are_split_rather(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,15 +165,46 @@ def test_rows_are_quantised_as_specified(fused: ModuleType, dtype: torch.dtype) 
     assert torch.equal(quantized, expected) and torch.equal(scale, expected_scale)
 
 
+def fill_with_sevens(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+    """What ``module.name`` allocates is 7 wherever nobody writes."""
+    allocate = getattr(module, name)
+
+    def allocate_filled(num_rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers, scale = allocate(num_rows, size, device)
+        return numbers.fill_(7), scale.fill_(7.0)
+
+    monkeypatch.setattr(module, name, allocate_filled)
+
+
+@pytest.mark.parametrize("num_expected_rows", (0, 1, 5, 100))
+@pytest.mark.parametrize("counts", ((0, 0, 0), (3, 0, 6), (5, 5, 5)))
+def test_spare_rows_are_not_quantised(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], num_expected_rows: int
+) -> None:
+    """However many programs share the real ones."""
+    from argosy.kernels.triton import quantize
+
+    fill_with_sevens(monkeypatch, quantize, "allocate_int8")
+    torch.manual_seed(5)
+    real, x = sum(counts), torch.randn(15, 40, device=DEVICE)
+    expected, expected_scale = reference_w8a8.quantize_per_token(x[:real])
+    num_rows = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    quantized, scale = quantize.quantize_real_rows(x, num_rows, num_expected_rows)
+    assert torch.equal(quantized[:real], expected) and torch.equal(scale[:real], expected_scale)
+    assert (quantized[real:] == 7).all() and (scale[real:] == 7.0).all()
+
+
 # Rows of each expert: none at all, one, few, a tile and one more; 8 rows behind the last are nobody's.
 COUNTS = (
     ((3, 0, 1, 17, 0, 33), (0, 0, 0, 0, 0, 0)) if IS_INTERPRETED else ((3, 0, 1, 129, 300, 0), (700, 0, 650, 0, 0, 1))
 )
 
 
+@pytest.mark.parametrize("num_expected_rows", (None, 3))
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...], num_expected_rows: int | None) -> None:
+    """Of the real rows nothing depends on how many were expected."""
     torch.manual_seed(len(counts))
     hidden_size, width = (48, 32) if IS_INTERPRETED else (7168, 2048)
     gate_up, down = draw(len(counts), 2 * width, hidden_size), draw(len(counts), hidden_size, width)
@@ -181,7 +212,7 @@ def test_experts(fused: ModuleType, dtype: torch.dtype, counts: tuple[int, ...])
     real = sum(counts)
     x = torch.randn(real + 8, hidden_size, device=DEVICE).to(dtype)
     x[real:] = float("nan")
-    out = fused.grouped_mlp_w8a8(x, *gate_up, *down, num_tokens)[:real]
+    out = fused.grouped_mlp_w8a8(x, *gate_up, *down, num_tokens, num_expected_rows)[:real]
     expected = reference_w8a8.grouped_mlp_w8a8(x, *gate_up, *down, num_tokens)[:real]
     assert out.isfinite().all()
     # A last bit of silu now and then moves a number by one step of 127.
@@ -277,11 +308,38 @@ def test_loop_for_hopper_writes_only_its_rows(gemm: ModuleType, small_hopper_til
 
 
 def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
-    mean = gemm.HOPPER_MEAN_ROWS
     for is_gated in (False, True):
-        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
-        assert isinstance(gemm.choose_tile(mean * 256, 256, is_gated, is_hopper=True), gemm.Tile)
-        assert isinstance(gemm.choose_tile((mean + 1) * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+        assert isinstance(gemm.choose_tile(33 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(32 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile(33 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
+
+
+def test_one_tile_holds_the_rows_that_an_expert_usually_gets(gemm: ModuleType) -> None:
+    """Drawn at random, 19 of 20 experts need no second tile, which would stream their weights again."""
+    torch.manual_seed(0)
+    for mean_rows in (2, 8, 16, 32, 45):
+        counts = torch.bincount(torch.randint(256, (256 * mean_rows,)), minlength=256)
+        for is_gated in (False, True):
+            tile = gemm.choose_tile(256 * mean_rows, 256, is_gated)
+            assert (counts <= tile.block_rows).float().mean() >= 0.95, (mean_rows, tile)
+    assert gemm.choose_tile(64, 1, False).block_rows == 64
+
+
+@pytest.mark.parametrize("num_expected_rows", (None, 32))
+def test_tile_follows_the_expected_rows(
+    gemm: ModuleType, monkeypatch: pytest.MonkeyPatch, num_expected_rows: int | None
+) -> None:
+    asked: list[int] = []
+
+    def choose_tile(num_rows: int, *arguments: object) -> object:
+        asked.append(num_rows)
+        return gemm.PLAIN_TILES[0]
+
+    monkeypatch.setattr(gemm, "choose_tile", choose_tile)
+    counts = torch.tensor((20, 12), dtype=torch.int32, device=DEVICE)
+    weights = draw(2, 48, 64)
+    gemm.w8a8_grouped_gemm(*draw(100, 64), *weights, counts, torch.float32, num_expected_rows=num_expected_rows)
+    assert asked == [num_expected_rows or 100]
 
 
 @pytest.mark.parametrize("number", range(4))

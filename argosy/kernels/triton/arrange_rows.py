@@ -126,10 +126,12 @@ def _copy_rows(
         row_scale.stride(0),
         row_scale.stride(1),
         NUM_IDS=topk_ids.shape[1],
+        BLOCK_IDS=triton.next_power_of_2(topk_ids.shape[1]),
         NUM_SCALES=num_scales,
         BLOCK_SCALES=triton.next_power_of_2(max(1, num_scales)),
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
+        IS_SHARE=num_local_experts < expert_map.shape[0] - 1,
         num_warps=NUM_WARPS,
         launch_pdl=IS_ON,
     )
@@ -176,7 +178,7 @@ def _count_entries_kernel(
     tl.store(starts + expert, num_before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column_stride", "row_scale_column_stride"])
 def _copy_rows_kernel(
     x,
     topk_ids,
@@ -198,10 +200,12 @@ def _copy_rows_kernel(
     row_scale_stride,
     row_scale_column_stride,
     NUM_IDS: tl.constexpr,  # noqa: N803
+    BLOCK_IDS: tl.constexpr,  # noqa: N803
     NUM_SCALES: tl.constexpr,  # noqa: N803
     BLOCK_SCALES: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    IS_SHARE: tl.constexpr,  # noqa: N803
 ):
     let_next_start()
     wait_for_inputs()
@@ -209,7 +213,14 @@ def _copy_rows_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     columns = block * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < hidden_size
-    values = tl.load(x + source * x_stride + columns, mask=is_column, other=0)
+    is_read = is_column
+    if IS_SHARE:  # most rows have no expert here: finding that out takes a wait that whole ranks do without
+        id_columns = tl.arange(0, BLOCK_IDS)
+        is_id = id_columns < NUM_IDS
+        ids = tl.load(topk_ids + source * id_stride + id_columns * id_column_stride, mask=is_id, other=-1)
+        local_ids = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
+        is_read &= tl.min(local_ids) < num_local_experts
+    values = tl.load(x + source * x_stride + columns, mask=is_read, other=0)
     scale_columns = tl.arange(0, BLOCK_SCALES)
     is_scale = (scale_columns < NUM_SCALES) & (block == 0)
     if NUM_SCALES > 0:

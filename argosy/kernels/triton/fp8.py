@@ -11,7 +11,7 @@ import torch
 from argosy.kernels import device_fp8
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
 from argosy.kernels.triton.fp8_gemm import IN_FEATURES_MULTIPLE, fp8_grouped_gate_up, fp8_grouped_gemm
-from argosy.kernels.triton.quantize_groups import quantize_groups
+from argosy.kernels.triton.quantize_groups import quantize_groups, quantize_real_groups
 
 
 def linear_fp8(
@@ -44,8 +44,9 @@ def grouped_mlp_fp8(
     num_tokens_per_expert: torch.Tensor,
     *,
     has_ue8m0_scales: bool,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_fp8.grouped_mlp_fp8``. What spare rows hold is quantised too, and stays theirs."""
+    """See ``reference_fp8.grouped_mlp_fp8``. ``num_expected_rows``: see ``choice.grouped_mlp_w8a8``."""
     if x.shape[1] % IN_FEATURES_MULTIPLE or down_proj.shape[2] % BLOCK_SIZE:
         return device_fp8.grouped_mlp_fp8(
             x,
@@ -57,9 +58,17 @@ def grouped_mlp_fp8(
             has_ue8m0_scales=has_ue8m0_scales,
         )
     matrices = gate_up_proj, gate_up_scale_inv, down_proj, down_scale_inv
-    rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    if num_expected_rows is None:
+        rows = quantize_groups(x, has_ue8m0_scales=has_ue8m0_scales)
+    else:
+        rows = quantize_real_groups(x, num_tokens_per_expert, num_expected_rows, has_ue8m0_scales=has_ue8m0_scales)
     return grouped_mlp_fp8_quantized(
-        *rows, *matrices, num_tokens_per_expert, x.dtype, has_ue8m0_scales=has_ue8m0_scales
+        *rows,
+        *matrices,
+        num_tokens_per_expert,
+        x.dtype,
+        has_ue8m0_scales=has_ue8m0_scales,
+        num_expected_rows=num_expected_rows,
     )
 
 
@@ -74,6 +83,7 @@ def grouped_mlp_fp8_quantized(
     out_dtype: torch.dtype,
     *,
     has_ue8m0_scales: bool,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
     """See ``reference_fp8.grouped_mlp_fp8_quantized``. D and F are in whole blocks, as experts in FP8 always are."""
     hidden, hidden_scale = fp8_grouped_gate_up(
@@ -84,5 +94,14 @@ def grouped_mlp_fp8_quantized(
         num_tokens_per_expert,
         out_dtype,
         has_ue8m0_scales=has_ue8m0_scales,
+        num_expected_rows=num_expected_rows,
     )
-    return fp8_grouped_gemm(hidden, hidden_scale, down_proj, down_scale_inv, num_tokens_per_expert, out_dtype)
+    return fp8_grouped_gemm(
+        hidden,
+        hidden_scale,
+        down_proj,
+        down_scale_inv,
+        num_tokens_per_expert,
+        out_dtype,
+        num_expected_rows=num_expected_rows,
+    )

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
 from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.expert_rows import count_usual_rows
 from argosy.kernels.triton.fp8_hopper import multiply_fp8_on_hopper
 from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
 from argosy.kernels.triton.quantize_groups import empty_groups, quantize_last_dim
@@ -48,22 +49,23 @@ class Tile:
     num_unrolled: int = 1  # blocks of K in one step of the walk; a stage holds as many
 
 
-# By the mean number of rows an expert gets, the first entry that is not below it. Not measured yet.
+# The first whose rows hold what an expert usually gets (``count_usual_rows``): a second tile streams its weights again.
+# Not measured yet.
 PLAIN_TILES = (
-    (16, Tile(16, 128, 5, 4, True, False, 2)),
-    (32, Tile(32, 128, 4, 4, True, False, 2)),
-    (64, Tile(64, 128, 8, 4, True, False, 1)),
+    Tile(16, 128, 5, 4, True, False, 2),
+    Tile(32, 128, 4, 4, True, False, 2),
+    Tile(64, 128, 8, 4, True, False, 1),
 )
 PLAIN_WIDE_TILE = Tile(128, 128, 4, 8, False, True, 1, 4)
 # Gate and up are the halves; 128 hidden numbers are one group of what is quantised next.
 GATED_TILES = (
-    (16, Tile(16, 128, 6, 4, True, True, 1)),
-    (32, Tile(32, 128, 5, 8, True, True, 1)),
-    (64, Tile(64, 128, 5, 8, True, True, 1)),
+    Tile(16, 128, 6, 4, True, True, 1),
+    Tile(32, 128, 5, 8, True, True, 1),
+    Tile(64, 128, 5, 8, True, True, 1),
 )
 GATED_WIDE_TILE = Tile(128, 128, 4, 8, False, True, 1)
-# On a Hopper card, for more rows than these on average. Not measured yet.
-HOPPER_MEAN_ROWS = 64
+# On a Hopper card, for experts that usually get more rows than these. Not measured yet.
+HOPPER_ROWS = 64
 HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
 HOPPER_GATED_TILE = HopperTile()
 
@@ -77,6 +79,7 @@ def fp8_grouped_gemm(
     out_dtype: torch.dtype,
     *,
     is_gated: bool = False,
+    num_expected_rows: int | None = None,
     tile: Tile | HopperTile | None = None,
 ) -> torch.Tensor:
     """``x: [M, K]`` e4m3 sorted by expert, ``x_scale: [M, ceil(K / 128)]`` f32 of any strides, ``weight: [e, N, K]``
@@ -84,13 +87,15 @@ def fp8_grouped_gemm(
     -> [M, N] in ``out_dtype``.
 
     ``is_gated``: silu of the first half of N times the second: [M, N / 2]; both halves are rounded to ``out_dtype``
-    before, and must be whole blocks. Rows behind the counts' sum stay unwritten. K must be a multiple of
-    ``IN_FEATURES_MULTIPLE``; x and the weights are contiguous. No host sync.
+    before, and must be whole blocks. Rows behind the counts' sum stay unwritten. ``num_expected_rows``: about that sum,
+    for the choice of a tile; None: M. K must be a multiple of ``IN_FEATURES_MULTIPLE``; x and the weights are
+    contiguous. No host sync.
     """
+    num_expected_rows = x.shape[0] if num_expected_rows is None else num_expected_rows
     num_columns = weight.shape[1] // 2 if is_gated else weight.shape[1]
     is_dense = num_rows_per_expert is None and not is_gated
     if tile is None:
-        tile = choose_tile(x.shape[0], weight.shape[0], is_gated, _is_on_hopper(x))
+        tile = choose_tile(num_expected_rows, weight.shape[0], is_gated, _is_on_hopper(x))
         if is_dense and isinstance(tile, HopperTile) and _count_splits(PLAIN_WIDE_TILE, x, num_columns) > 1:
             tile = PLAIN_WIDE_TILE
     num_splits = _count_splits(tile, x, num_columns) if is_dense and isinstance(tile, Tile) else 1
@@ -112,12 +117,14 @@ def fp8_grouped_gate_up(
     hidden_dtype: torch.dtype,
     *,
     has_ue8m0_scales: bool,
+    num_expected_rows: int | None = None,
     tile: Tile | HopperTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``fp8_grouped_gemm`` with ``is_gated``, whose result of ``hidden_dtype`` is quantised where it is made.
 
     -> e4m3 [M, F], scale [M, F / 128] f32: what ``quantize_groups`` would give."""
-    tile = tile or choose_tile(x.shape[0], weight.shape[0], True, _is_on_hopper(x))
+    num_expected_rows = x.shape[0] if num_expected_rows is None else num_expected_rows
+    tile = tile or choose_tile(num_expected_rows, weight.shape[0], True, _is_on_hopper(x))
     quantized, scale = empty_groups(x.shape[0], weight.shape[1] // 2, x.device)
     _launch(
         x,
@@ -137,12 +144,12 @@ def fp8_grouped_gate_up(
 
 def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
     """From what the host knows: the rows, not how they are spread."""
-    mean_rows = num_rows / num_experts
-    if is_hopper and mean_rows > HOPPER_MEAN_ROWS:
+    rows = count_usual_rows(num_rows, num_experts)
+    if is_hopper and rows > HOPPER_ROWS:
         return HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
     tiles = GATED_TILES if is_gated else PLAIN_TILES
     wide = GATED_WIDE_TILE if is_gated else PLAIN_WIDE_TILE
-    return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
+    return next((tile for tile in tiles if rows <= tile.block_rows), wide)
 
 
 def choose_num_splits(tile: Tile, x_shape: torch.Size, num_columns: int, num_programs: int) -> int:
@@ -293,7 +300,7 @@ def _count_programs(tile: Tile, device: torch.device) -> int:
     return count * tile.num_programs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_scale_group_stride", "num_splits"])
 def _fp8_kernel(
     x_tiles,
     weight_tiles,
@@ -408,7 +415,7 @@ def _multiply(rows, weights, scale, IS_SWAPPED: tl.constexpr):  # noqa: N803
     return tl.dot(weights, rows.T) * scale[None, :] if IS_SWAPPED else tl.dot(rows, weights.T) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _sum_splits_kernel(parts, out, size, num_splits, BLOCK: tl.constexpr):  # noqa: N803
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_place = places < size

@@ -35,7 +35,7 @@ FRACTION_BITS = gl.constexpr(0x007FFFFF)
 ONE_SQUARED_BITS = gl.constexpr(0x7F000000)  # without a power of two's bits: its reciprocal's
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "x_scale_group_stride"])
 def multiply_fp8_on_hopper(
     x_tiles,
     weight_tiles,

@@ -51,6 +51,8 @@ MANY_TILES = {
     2: Tile(256, 32, 2, 8),
     4: Tile(32, 16, 1, 8),
 }
+# What differs from step to step: it would only compile the kernels anew.
+STEP_ARGUMENTS = ["block_table", "num_visible", "num_rows", "num_tokens", "max_seq_len", "table_stride"]
 MIN_ROWS = 16  # fewer would only compile the kernel anew
 QUANTIZED_ROWS = 128  # queries that one program rotates
 
@@ -210,7 +212,7 @@ def _quantize_queries_kernel(
     tl.store(weights + rows, weight * scale, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
 def _score_keys_kernel(
     query,
     keys,
@@ -266,7 +268,7 @@ def _score_keys_kernel(
             tl.store(place + positions, score, mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
 def _score_tokens_kernel(
     queries,
     keys,

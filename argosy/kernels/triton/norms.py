@@ -4,7 +4,7 @@ In plain torch each widening, sum, product, rounding and amax reads and writes m
 registers by one program, and all that is made of it is written once. Invariant: a value is rounded to a tensor's dtype
 wherever ``reference.py`` keeps it in one, so only a sum's order and silu's exponential have last bits of their own.
 
-Shape letters: T rows, n numbers of a row, M rows of an MLP, F its width.
+Shape letters: T rows, n numbers of a row, M rows of an MLP, F its width, e experts.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from argosy.kernels.reference_w8a8 import MIN_AMAX
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
-from argosy.kernels.triton.quantize import allocate_int8, choose_num_warps, row_to_int8
+from argosy.kernels.triton.quantize import allocate_int8, choose_num_warps, count_programs, row_to_int8, sum_counts
 from argosy.kernels.triton.quantize_groups import GROUP, empty_groups, quantize_last_dim
 
 # Warps of a program that holds a whole row: quantize.py's rule, but wider at most. Not measured yet.
@@ -99,6 +99,32 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         num_blocks = triton.cdiv(width, SILU_BLOCK)
         _silu_mul_kernel[(num_rows * num_blocks,)](
             gate_up, out, width, gate_up.stride(0), NUM_BLOCKS=num_blocks, BLOCK=SILU_BLOCK, num_warps=SILU_WARPS
+        )
+    return out
+
+
+def silu_mul_real_rows(
+    gate_up: torch.Tensor, num_rows_per_expert: torch.Tensor, num_expected_rows: int
+) -> torch.Tensor:
+    """As ``silu_mul``, for the first sum(``num_rows_per_expert``) rows; the others are neither read nor written.
+
+    See ``quantize.quantize_real_rows``."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_rows, width)
+    if num_rows:
+        num_blocks = triton.cdiv(width, SILU_BLOCK)
+        num_experts = num_rows_per_expert.shape[0]
+        _silu_mul_real_rows_kernel[(count_programs(num_rows, num_expected_rows) * num_blocks,)](
+            gate_up,
+            num_rows_per_expert,
+            out,
+            width,
+            gate_up.stride(0),
+            num_experts,
+            NUM_EXPERTS=triton.next_power_of_2(num_experts),
+            NUM_BLOCKS=num_blocks,
+            BLOCK=SILU_BLOCK,
+            num_warps=SILU_WARPS,
         )
     return out
 
@@ -236,6 +262,27 @@ def _silu_mul_kernel(
     is_column = columns < width
     value = _silu_mul_row(gate_up + row * row_stride, columns, is_column, width)
     tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _silu_mul_real_rows_kernel(
+    gate_up,
+    counts,
+    out,
+    width,
+    row_stride,
+    num_experts,
+    NUM_EXPERTS: tl.constexpr,  # noqa: N803
+    NUM_BLOCKS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + row_columns(BLOCK)
+    is_column = columns < width
+    num_real = sum_counts(counts, num_experts, NUM_EXPERTS)
+    first = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
+    for row in tl.range(first, num_real, tl.num_programs(0) // NUM_BLOCKS):
+        value = _silu_mul_row(gate_up + row * row_stride, columns, is_column, width)
+        tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit

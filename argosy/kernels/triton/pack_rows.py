@@ -161,7 +161,7 @@ def _load_words(
     return tl.where(is_id, id_values, tl.where(is_weight, weight_values, values))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _pack_rows_kernel(
     words,
     topk_ids,

@@ -2,7 +2,7 @@
 
 ``row_to_int8`` is the arithmetic, for kernels that have made a row and quantise it before it leaves the registers.
 
-Shape letters: T rows, n numbers of a row.
+Shape letters: T rows, n numbers of a row, e experts.
 """
 
 import torch
@@ -43,6 +43,39 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized, scale
 
 
+def quantize_real_rows(
+    x: torch.Tensor, num_rows_per_expert: torch.Tensor, num_expected_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``quantize_per_token``, for the first sum(``num_rows_per_expert``) rows; the others are neither read nor
+    written. ``num_rows_per_expert: [e]`` int32, read on the card; ``num_expected_rows``: about their sum, which decides
+    how many programs share the rows and nothing else."""
+    num_rows, size = x.shape
+    quantized, scale = allocate_int8(num_rows, size, x.device)
+    if num_rows:
+        block = triton.next_power_of_2(size)
+        num_experts = num_rows_per_expert.shape[0]
+        _quantize_real_rows_kernel[(count_programs(num_rows, num_expected_rows),)](
+            x,
+            num_rows_per_expert,
+            quantized,
+            scale,
+            size,
+            x.stride(0),
+            num_experts,
+            NUM_EXPERTS=triton.next_power_of_2(num_experts),
+            MIN_AMAX=MIN_AMAX,
+            BLOCK=block,
+            num_warps=choose_num_warps(block),
+            launch_pdl=IS_ON,
+        )
+    return quantized, scale
+
+
+def count_programs(num_items: int, num_expected_items: int) -> int:
+    """One for each item that is expected: a program that finds nothing to do still costs its start."""
+    return max(1, min(num_items, num_expected_items))
+
+
 def allocate_int8(num_rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What quantised rows are written to: int8 [T, n], scale [T, 1] f32."""
     quantized = torch.empty(num_rows, size, dtype=torch.int8, device=device)
@@ -73,6 +106,38 @@ def _quantize_kernel(
     numbers, step = row_to_int8(values, MIN_AMAX)
     tl.store(quantized + row * size + columns, numbers, mask=is_column)
     tl.store(scale + row, step)
+
+
+@triton.jit
+def _quantize_real_rows_kernel(
+    x,
+    counts,
+    quantized,
+    scale,
+    size,
+    row_stride,
+    num_experts,
+    NUM_EXPERTS: tl.constexpr,  # noqa: N803
+    MIN_AMAX: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    columns = tl.arange(0, BLOCK)
+    is_column = columns < size
+    let_next_start()
+    wait_for_inputs()
+    num_real = sum_counts(counts, num_experts, NUM_EXPERTS)
+    for row in tl.range(tl.program_id(0).to(tl.int64), num_real, tl.num_programs(0)):
+        values = tl.load(x + row * row_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+        numbers, step = row_to_int8(values, MIN_AMAX)
+        tl.store(quantized + row * size + columns, numbers, mask=is_column)
+        tl.store(scale + row, step)
+
+
+@triton.jit
+def sum_counts(counts, num_experts, NUM_EXPERTS: tl.constexpr):  # noqa: N803
+    """Rows of all experts: those behind are nobody's."""
+    experts = tl.arange(0, NUM_EXPERTS)
+    return tl.sum(tl.load(counts + experts, mask=experts < num_experts, other=0))
 
 
 @triton.jit

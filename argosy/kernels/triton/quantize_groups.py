@@ -3,7 +3,7 @@
 Scales are stored group after group, as the products read them: what is returned is a transposed view. Invariant:
 bitwise what ``reference_fp8.quantize_groups`` gives; silu alone has the card's own last bits.
 
-Shape letters: T rows, K numbers of a row, G = ceil(K / 128) groups.
+Shape letters: T rows, K numbers of a row, G = ceil(K / 128) groups, e experts.
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from argosy.kernels.reference_fp8 import BLOCK_SIZE, FP8_MAX, MIN_AMAX
+from argosy.kernels.triton.quantize import count_programs, sum_counts
 
 GROUP: tl.constexpr = tl.constexpr(BLOCK_SIZE)
 LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
@@ -27,6 +28,42 @@ MANY_ROWS = 1024  # from here on a program takes several rows
 def quantize_groups(x: torch.Tensor, *, has_ue8m0_scales: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """``x: [T, K]``, rows may be strided -> e4m3 [T, K], scale [T, G] f32, a view whose columns are contiguous."""
     return _quantize(x, x.shape[1], has_ue8m0_scales, is_gated=False)
+
+
+def quantize_real_groups(
+    x: torch.Tensor, num_rows_per_expert: torch.Tensor, num_expected_rows: int, *, has_ue8m0_scales: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``quantize_groups``, for the first sum(``num_rows_per_expert``) rows; the others are neither read nor written.
+
+    See ``quantize.quantize_real_rows``."""
+    num_rows, size = x.shape
+    quantized, scale = empty_groups(num_rows, size, x.device)
+    if num_rows:
+        num_experts = num_rows_per_expert.shape[0]
+        block_rows = choose_block_rows(num_expected_rows)
+        num_row_blocks = triton.cdiv(num_rows, block_rows)
+        num_expected_blocks = triton.cdiv(num_expected_rows, block_rows)
+        grid = (count_programs(num_row_blocks, num_expected_blocks), triton.cdiv(size, BLOCK_GROUPS * BLOCK_SIZE))
+        _quantize_real_groups_kernel[grid](
+            x,
+            num_rows_per_expert,
+            quantized,
+            scale,
+            num_rows,
+            size,
+            x.stride(0),
+            num_experts,
+            NUM_EXPERTS=triton.next_power_of_2(num_experts),
+            HAS_UE8M0_SCALES=has_ue8m0_scales,
+            BLOCK_ROWS=block_rows,
+            BLOCK_GROUPS=BLOCK_GROUPS,
+            num_warps=4,
+        )
+    return quantized, scale
+
+
+def choose_block_rows(num_rows: int) -> int:
+    return 4 if num_rows >= MANY_ROWS else 1
 
 
 def silu_mul_quantize_groups(
@@ -63,7 +100,7 @@ def _quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = x.shape[0]
     quantized, scale = empty_groups(num_rows, size, x.device)
-    block_rows = 4 if num_rows >= MANY_ROWS else 1
+    block_rows = choose_block_rows(num_rows)
     if num_rows:
         grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(size, BLOCK_GROUPS * BLOCK_SIZE))
         _quantize_groups_kernel[grid](
@@ -82,7 +119,7 @@ def _quantize(
     return quantized, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_groups_kernel(
     x,
     quantized,
@@ -95,9 +132,54 @@ def _quantize_groups_kernel(
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
     BLOCK_GROUPS: tl.constexpr,  # noqa: N803
 ):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    _quantize_rows(
+        x, quantized, scale, tl.program_id(0), num_rows, num_rows, size, row_stride, IS_GATED, HAS_UE8M0_SCALES,
+        BLOCK_ROWS, BLOCK_GROUPS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_real_groups_kernel(
+    x,
+    counts,
+    quantized,
+    scale,
+    num_rows,
+    size,
+    row_stride,
+    num_experts,
+    NUM_EXPERTS: tl.constexpr,  # noqa: N803
+    HAS_UE8M0_SCALES: tl.constexpr,  # noqa: N803
+    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    BLOCK_GROUPS: tl.constexpr,  # noqa: N803
+):
+    num_real = sum_counts(counts, num_experts, NUM_EXPERTS)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_real, BLOCK_ROWS), tl.num_programs(0)):
+        _quantize_rows(
+            x, quantized, scale, block, num_real, num_rows, size, row_stride, False, HAS_UE8M0_SCALES,
+            BLOCK_ROWS, BLOCK_GROUPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize_rows(
+    x,
+    quantized,
+    scale,
+    block,
+    stop_row,
+    num_rows,
+    size,
+    row_stride,
+    IS_GATED: tl.constexpr,  # noqa: N803
+    HAS_UE8M0_SCALES: tl.constexpr,  # noqa: N803
+    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    BLOCK_GROUPS: tl.constexpr,  # noqa: N803
+):
+    """Rows ``block * BLOCK_ROWS`` and on, before ``stop_row``; the program's columns. ``num_rows``: of the tensors."""
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_GROUPS * GROUP + tl.arange(0, BLOCK_GROUPS * GROUP)
-    is_here = (rows < num_rows)[:, None] & (columns < size)[None, :]
+    is_here = (rows < stop_row)[:, None] & (columns < size)[None, :]
     places = x + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
     values = tl.load(places, mask=is_here, other=0.0).to(tl.float32)
     if IS_GATED:
@@ -108,6 +190,6 @@ def _quantize_groups_kernel(
     numbers = tl.reshape(rounded, (BLOCK_ROWS, BLOCK_GROUPS * GROUP)).to(tl.float8e4nv)
     tl.store(quantized + rows[:, None].to(tl.int64) * size + columns[None, :], numbers, mask=is_here)
     group_ids = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    is_group = (rows < num_rows)[:, None] & (group_ids * GROUP < size)[None, :]
+    is_group = (rows < stop_row)[:, None] & (group_ids * GROUP < size)[None, :]
     scale_places = scale + group_ids[None, :].to(tl.int64) * num_rows + rows[:, None]
     tl.store(scale_places, tl.reshape(group_scale, (BLOCK_ROWS, BLOCK_GROUPS)), mask=is_group)

@@ -29,6 +29,7 @@ LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # below every score, and finite: t
 JOIN_COST = 0.05
 SHARE_COST = 0.0016
 MAX_SHARES = 32
+MIN_SHARE_SIZE = 2048  # keys that are looked through for known ones: fewer would only compile the kernel anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def _attend(
         GROUP_SIZE=rows.group_size,
         BLOCK_HEADS=tile.block_heads,
         BLOCK_KEYS=tile.block_keys,
-        SHARE_SIZE=triton.next_power_of_2(share_keys),
+        SHARE_SIZE=max(MIN_SHARE_SIZE, triton.next_power_of_2(share_keys)),
         IS_FULL=is_full,
         IS_SHARE=num_shares > 1,
         num_warps=tile.num_warps,
@@ -197,7 +198,7 @@ def _attend(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_shares"])
 def _attend_kernel(
     query,
     numbers,

@@ -27,7 +27,7 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 BARRIER = gl.barrier if "barrier" in vars(gl) else gl.thread_barrier  # Triton 3.7's name, 3.6's
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["num_shares"])
 def attend_on_hopper(
     query,
     numbers,

@@ -163,7 +163,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["num_visible", "block_table", "width", "table_stride"])
 def _select_kernel(
     scores,
     positions,
@@ -292,7 +292,7 @@ def _take_best(
         tl.store(kept_positions + to, position, mask=is_chosen)
 
 
-@triton.jit(do_not_specialize=["width", "mask_stride"])
+@triton.jit(do_not_specialize=["num_visible", "width", "mask_stride"])
 def _mask_kernel(
     scores,
     num_visible,

@@ -8,7 +8,7 @@ Shape letters: see ``reference_w8a8.py``.
 import torch
 
 from argosy.kernels import device_w8a8
-from argosy.kernels.triton.quantize import quantize_per_token
+from argosy.kernels.triton.quantize import quantize_per_token, quantize_real_rows
 from argosy.kernels.triton.w8a8_few_rows import MAX_ROWS, w8a8_few_rows
 from argosy.kernels.triton.w8a8_gemm import IN_FEATURES_MULTIPLE, w8a8_grouped_gemm
 
@@ -37,10 +37,12 @@ def grouped_mlp_w8a8(
     down_proj: torch.Tensor,
     down_scale: torch.Tensor,
     num_tokens_per_expert: torch.Tensor,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_w8a8.grouped_mlp_w8a8``. What spare rows hold is quantised too, and stays theirs."""
+    """See ``reference_w8a8.grouped_mlp_w8a8``. ``num_expected_rows``: see ``choice.grouped_mlp_w8a8``."""
     matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
-    return grouped_mlp_w8a8_quantized(*quantize_per_token(x), *matrices, num_tokens_per_expert, x.dtype)
+    rows = _quantize_rows(x, num_tokens_per_expert, num_expected_rows)
+    return grouped_mlp_w8a8_quantized(*rows, *matrices, num_tokens_per_expert, x.dtype, num_expected_rows)
 
 
 def grouped_mlp_w8a8_quantized(
@@ -52,15 +54,26 @@ def grouped_mlp_w8a8_quantized(
     down_scale: torch.Tensor,
     num_tokens_per_expert: torch.Tensor,
     out_dtype: torch.dtype,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
     """See ``reference_w8a8.grouped_mlp_w8a8_quantized``."""
     if not (_can_load(gate_up_proj) and _can_load(down_proj)):
         matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
         return device_w8a8.grouped_mlp_w8a8_quantized(x, x_scale, *matrices, num_tokens_per_expert, out_dtype)
     hidden = w8a8_grouped_gemm(
-        x, x_scale, gate_up_proj, gate_up_scale, num_tokens_per_expert, torch.float32, is_gated=True
+        x,
+        x_scale,
+        gate_up_proj,
+        gate_up_scale,
+        num_tokens_per_expert,
+        torch.float32,
+        is_gated=True,
+        num_expected_rows=num_expected_rows,
     )
-    return w8a8_grouped_gemm(*quantize_per_token(hidden), down_proj, down_scale, num_tokens_per_expert, out_dtype)
+    rows = _quantize_rows(hidden, num_tokens_per_expert, num_expected_rows)
+    return w8a8_grouped_gemm(
+        *rows, down_proj, down_scale, num_tokens_per_expert, out_dtype, num_expected_rows=num_expected_rows
+    )
 
 
 def grouped_mlp_w8a8_masked(
@@ -76,6 +89,14 @@ def grouped_mlp_w8a8_masked(
     counts = torch.full_like(num_tokens_per_expert, capacity)
     rows = x.reshape(num_experts * capacity, hidden_size)
     return grouped_mlp_w8a8(rows, gate_up_proj, gate_up_scale, down_proj, down_scale, counts).view(x.shape)
+
+
+def _quantize_rows(
+    x: torch.Tensor, num_tokens_per_expert: torch.Tensor, num_expected_rows: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if num_expected_rows is None:
+        return quantize_per_token(x)
+    return quantize_real_rows(x, num_tokens_per_expert, num_expected_rows)
 
 
 def _can_load(weight: torch.Tensor) -> bool:

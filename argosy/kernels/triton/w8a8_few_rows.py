@@ -183,7 +183,7 @@ def _power_of_two_below(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _narrow_kernel(
     x,
     weight,
@@ -231,7 +231,7 @@ def _fetch_first_weights(weight, columns, out_features, in_features, FETCHED_LIN
     fetch_lines(weight + rows[:, None] * in_features + k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _split_kernel(
     x_tiles,
     weight_tiles,
@@ -270,7 +270,7 @@ def _split_kernel(
         tl.store(parts + tl.program_id(1).to(tl.int64) * num_rows * out_features + places, total, mask=is_mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_scaled_kernel(
     parts,
     x_scale,

@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.expert_rows import count_usual_rows
 from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
 from argosy.kernels.triton.w8a8_hopper import multiply_on_hopper
 
@@ -45,25 +46,25 @@ class Tile:
     num_resident: int = 1
 
 
-# By the mean number of rows an expert gets, the first entry that is not below it. Up to 16 rows and the wide
-# tiles were chosen by measuring on an H200 (docs/log.md); those between are set in between.
+# The first whose rows hold what an expert usually gets (``count_usual_rows``): a second tile streams its weights again.
+# That of 16 rows and the wide tiles were chosen by measuring on an H200 (docs/log.md); those between are set between.
 PLAIN_TILES = (
-    (16, Tile(16, 128, 256, 4, 4, True)),
-    (32, Tile(32, 128, 256, 4, 4, True)),
-    (64, Tile(64, 128, 128, 6, 4, True)),
-    (128, Tile(128, 128, 128, 4, 4, True)),
+    Tile(16, 128, 256, 4, 4, True),
+    Tile(32, 128, 256, 4, 4, True),
+    Tile(64, 128, 128, 6, 4, True),
+    Tile(128, 128, 128, 4, 4, True),
 )
 PLAIN_WIDE_TILE = Tile(128, 256, 128, 4, 8, False, 4)
 GATED_TILES = (
-    (16, Tile(16, 64, 256, 4, 4, True)),
-    (32, Tile(32, 64, 256, 4, 4, True)),
-    (64, Tile(64, 64, 128, 5, 4, True)),
+    Tile(16, 64, 256, 4, 4, True),
+    Tile(32, 64, 256, 4, 4, True),
+    Tile(64, 64, 128, 5, 4, True),
 )
 GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
-# On a Hopper card, for more rows than these on average. Measured on an H200, in one run of a model, without queues:
-# dense linears of 4,096 rows 1,460 to 1,625 TOP/s; 256 experts 685 with 128 rows on average, 800 with 256. With queues
-# not measured yet.
-HOPPER_MEAN_ROWS = 32
+# On a Hopper card, for experts that usually get more rows than these. Measured on an H200, in one run of a model, without
+# queues: dense linears of 4,096 rows 1,460 to 1,625 TOP/s; 256 experts 685 with 128 rows on average, 800 with 256. With
+# queues not measured yet.
+HOPPER_ROWS = 44
 HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
 HOPPER_GATED_TILE = HopperTile()
 
@@ -77,13 +78,15 @@ def w8a8_grouped_gemm(
     out_dtype: torch.dtype,
     *,
     is_gated: bool = False,
+    num_expected_rows: int | None = None,
     tile: Tile | HopperTile | None = None,
 ) -> torch.Tensor:
     """``x: [M, D]`` int8 sorted by expert, ``x_scale: [M, 1]`` f32, ``weight: [e, N, D]`` int8, ``weight_scale:
     [e, N, 1]`` f32, counts [e] int32 (None: one expert has all rows) -> [M, N] in ``out_dtype``.
 
     ``is_gated``: silu of the first half of N times the second: [M, N / 2]. Rows behind the counts' sum stay unwritten.
-    D must be a multiple of ``IN_FEATURES_MULTIPLE``; all are contiguous. No host sync.
+    ``num_expected_rows``: about the counts' sum, for the choice of a tile; None: M. D must be a multiple of
+    ``IN_FEATURES_MULTIPLE``; all are contiguous. No host sync.
     """
     num_rows, in_features = x.shape
     num_experts, out_features, _ = weight.shape
@@ -91,7 +94,11 @@ def w8a8_grouped_gemm(
     out = torch.empty(num_rows, num_columns, dtype=out_dtype, device=x.device)
     if num_rows == 0:
         return out
-    tile = tile or choose_tile(num_rows, num_experts, is_gated, x.is_cuda and capability() == HOPPER)
+    if tile is None:
+        is_hopper = x.is_cuda and capability() == HOPPER
+        tile = choose_tile(
+            num_rows if num_expected_rows is None else num_expected_rows, num_experts, is_gated, is_hopper
+        )
     if isinstance(tile, HopperTile):
         _launch_on_hopper(x, x_scale, weight, weight_scale, num_rows_per_expert, out, is_gated, tile)
         return out
@@ -134,12 +141,12 @@ def w8a8_grouped_gemm(
 
 def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
     """From what the host knows: the rows, not how they are spread."""
-    mean_rows = num_rows / num_experts
-    if is_hopper and mean_rows > HOPPER_MEAN_ROWS:
+    rows = count_usual_rows(num_rows, num_experts)
+    if is_hopper and rows > HOPPER_ROWS:
         return HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
     tiles = GATED_TILES if is_gated else PLAIN_TILES
     wide = GATED_WIDE_TILE if is_gated else PLAIN_WIDE_TILE
-    return next((tile for limit, tile in tiles if mean_rows <= limit), wide)
+    return next((tile for tile in tiles if rows <= tile.block_rows), wide)
 
 
 def _launch_on_hopper(
@@ -186,7 +193,7 @@ def _launch_on_hopper(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _w8a8_kernel(
     x_tiles,
     tail_tiles,

@@ -30,7 +30,7 @@ INSTRUCTION_N = gl.constexpr(128)  # the most that Triton has for integers
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows"])
 def multiply_on_hopper(
     x_tiles,
     weight_tiles,

@@ -132,10 +132,10 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._slices = build_token_slices(tp)
 
-    def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache: MLAKVCache, num_layers: int | None = None) -> torch.Tensor:
         """This rank's slice of the hidden states after the final norm: [t, D]."""
         hidden_states, delta = self._slices.reduce_scatter(self.embed_tokens(batch.input_ids)), None
-        for layer_id, layer in enumerate(self.layers):
+        for layer_id, layer in enumerate(self.layers[:num_layers]):
             hidden_states, delta = layer(hidden_states, delta, batch, cache.layer(layer_id))
         return self.norm(hidden_states) if delta is None else self.norm.add(hidden_states, delta)[0]
 
@@ -161,15 +161,23 @@ class DeepseekV32Model(nn.Module):
         mesh = mesh or ParallelMesh.local()
         num_moe_layers = config.num_hidden_layers - config.first_k_dense_replace
         self.expert_load = ExpertLoad(num_moe_layers, config.n_routed_experts // mesh.ep.size)
+        self._num_distinct_layers = min(config.first_k_dense_replace + 1, config.num_hidden_layers)
         self._head_tp = mesh.tp.named("head")
         self._slices = build_token_slices(self._head_tp)
         schemes = build_schemes(dtype, quantization)
         self.model = Backbone(ModelParts(config, dtype, schemes, mesh, ep_payload, self.expert_load))
         self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, dtype, mesh.tp.size)
 
-    def forward(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
-        """This rank's slice of the hidden states after the final norm: [t, D]. Collective, also without tokens."""
-        return self.model(batch, cache)
+    def forward(self, batch: ForwardBatch, cache: MLAKVCache, num_layers: int | None = None) -> torch.Tensor:
+        """This rank's slice of the hidden states after the final norm: [t, D]. Collective, also without tokens.
+
+        ``num_layers``: of the first ones, for trials; None: all."""
+        return self.model(batch, cache, num_layers)
+
+    @property
+    def num_distinct_layers(self) -> int:
+        """The first layers, up to one of each kind: the others run the same operations on the same shapes."""
+        return self._num_distinct_layers
 
     def take_rows(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """What ``forward`` returned -> the rows to sample, on every rank of tp: [N, D]. Collective over tp."""

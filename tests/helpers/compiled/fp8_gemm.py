@@ -47,10 +47,10 @@ def fp8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False, is_split: bo
 
 
 KERNELS = (
-    *(fp8_gemm(tile, is_gated=False) for _, tile in PLAIN_TILES),
-    *(fp8_gemm(tile, is_gated=False, is_dense=True, is_split=True) for _, tile in PLAIN_TILES),
+    *(fp8_gemm(tile, is_gated=False) for tile in PLAIN_TILES),
+    *(fp8_gemm(tile, is_gated=False, is_dense=True, is_split=True) for tile in PLAIN_TILES),
     fp8_gemm(PLAIN_WIDE_TILE, is_gated=False, is_dense=True),
-    *(fp8_gemm(tile, is_gated=True) for _, tile in GATED_TILES),
+    *(fp8_gemm(tile, is_gated=True) for tile in GATED_TILES),
     fp8_gemm(GATED_WIDE_TILE, is_gated=True),
     Kernel(
         "fp8_gemm._sum_splits_kernel",

@@ -46,6 +46,13 @@ KERNELS = (
         {"NUM_BLOCKS": 2, "BLOCK": 1024},
         multiples_of_16=("width", "row_stride"),
     ),
+    Kernel(
+        "norms._silu_mul_real_rows_kernel",
+        {"gate_up": "*bf16", "counts": "*i32", "out": "*bf16", "width": "i32", "row_stride": "i32"}
+        | {"num_experts": "i32"},
+        {"NUM_EXPERTS": 16, "NUM_BLOCKS": 2, "BLOCK": 1024},
+        multiples_of_16=("width", "row_stride", "num_experts"),
+    ),
     silu_mul_quantize(2048),
     silu_mul_quantize(18432),
 )

@@ -38,9 +38,9 @@ def w8a8_gemm(tile: Tile, *, is_gated: bool, is_dense: bool = False) -> Kernel:
 
 
 KERNELS = (
-    *(w8a8_gemm(tile, is_gated=False) for _, tile in PLAIN_TILES),
+    *(w8a8_gemm(tile, is_gated=False) for tile in PLAIN_TILES),
     w8a8_gemm(PLAIN_WIDE_TILE, is_gated=False, is_dense=True),
-    *(w8a8_gemm(tile, is_gated=True) for _, tile in GATED_TILES),
+    *(w8a8_gemm(tile, is_gated=True) for tile in GATED_TILES),
     w8a8_gemm(GATED_WIDE_TILE, is_gated=True),
 )
 
