@@ -12,6 +12,7 @@ from typing import Literal, get_args
 DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 EPMode = Literal["auto", "low_latency", "high_throughput", "all_gather"]
+ExchangeMode = Literal["low_latency", "high_throughput", "all_gather"]  # what "auto" chooses from
 EPPayload = Literal["model", "int8", "fp8"]
 QuantizationName = Literal["auto", "none", "w8a8", "fp8_block"]
 LoadFormat = Literal["auto", "dummy"]
@@ -43,6 +44,7 @@ class EngineConfig:
     device_memory_utilization: float = 0.9  # share of an accelerator's memory that weights + cache + workspace may take
     async_scheduling: bool | None = None  # plan the next step while one runs; None = on accelerators
     enforce_eager: bool = False  # no device graphs: every kernel of a decode step is launched by the host
+    emulate_graphs: bool = False  # on a CPU: decode in the padded, static batches that cards replay; for tests
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt prefixes
     num_threads: int | None = None  # CPU threads of each rank; None = torch's choice, shared among a node's ranks
     tp_size: int = field(default=1, metadata={"aliases": ("--tp",)})  # ranks that share each layer of a replica
@@ -59,7 +61,9 @@ class EngineConfig:
     ep_payload: EPPayload = "model"  # what tokens travel to their experts as; model: the model's own dtype
     collective_timeout_s: float = 30.0  # a collective that takes longer ends all ranks with a report
     startup_timeout_s: float = 120.0  # longest wait, in each phase of the start, for all ranks to arrive
-    weights_timeout_s: float = 3600.0  # the same for the phase that loads the weights
+    weights_timeout_s: float = (
+        3600.0  # the same for the phases that load weights, try the largest step and record decode steps
+    )
     flight_recorder_dir: str | None = None  # on failure ranks write their last collectives here; None = a new directory
 
     def __post_init__(self) -> None:

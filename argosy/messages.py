@@ -63,6 +63,13 @@ class ScheduledBatch(msgspec.Struct):
     def is_empty(self) -> bool:
         return not self.rows
 
+    @property
+    def decode_length(self) -> int:
+        """Tokens of the longest sequence, if every row computes one; else 0, and without rows."""
+        if self.is_empty or self.num_tokens != len(self.rows):
+            return 0
+        return max(self.num_computed_tokens) + 1
+
 
 class StepOutput(msgspec.Struct):
     """What a step produced, parallel to ``ScheduledBatch.rows``."""

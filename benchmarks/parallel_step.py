@@ -6,7 +6,9 @@
 
 One dense layer and ``--moe-layers`` MoE layers of DeepSeek-V3.2 with all 256 experts, bfloat16; weights are the same
 numbers on every topology (``dummy_weights.py``). Checked first: the logits of prompts against what one card saved. The
-batch is shared out evenly among replicas, so times of one total batch size compare. Prints a card, then JSON.
+batch is shared out evenly among replicas, so times of one total batch size compare. With ``--graphs`` decode steps are
+timed from device graphs as well, which all ranks record and replay together; before, their logits are compared with the
+eager step's. Prints a card, then JSON.
 """
 
 import argparse
@@ -15,7 +17,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +30,13 @@ from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.cache.rope import build_rotary_table
 from argosy.cli.code_version import read_commit
 from argosy.config import EngineConfig
-from argosy.distributed.dp_coord import StepProposal, agree
+from argosy.distributed.dp_coord import StepProposal, agree, plan_recordings
 from argosy.distributed.ep_types import ExchangePlan
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.recordings import RecordingKey
 from argosy.distributed.rendezvous import connect_store, read_torchrun_environment
-from argosy.engine.build_rank import cache_dims, rotary_settings
+from argosy.engine.build_rank import cache_dims, exchange_under, rotary_settings
 from argosy.engine.worker import build_policy
 from argosy.layers.forward_batch import ForwardBatch
 from argosy.messages import AdmittedRequest, ScheduledBatch
@@ -41,6 +46,7 @@ from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
 from argosy.platforms import select_platform
 from argosy.quantization.dummy_weights import fill_with_dummy_weights
 from argosy.runner.batch_builder import BatchBuilder
+from argosy.runner.graph_runner import GraphRunner, graph_lengths
 from argosy.runner.row_table import RowTable
 from argosy.sampling_params import SamplingParams
 
@@ -57,6 +63,7 @@ SMALL = REAL | {
     "qk_rope_head_dim": 16, "v_head_dim": 32, "index_head_dim": 32, "index_topk": 64, "max_position_embeddings": 8192,
 }  # fmt: skip
 BLOCK_SIZE = 64
+Call = Callable[[], torch.Tensor]
 CHECK_BATCH, CHECK_LENGTH = 4, 96
 DECODE_CONTEXT = 4096
 MIN_COSINE = 0.99  # bfloat16: experts and top-k positions flip where scores nearly tie
@@ -139,7 +146,43 @@ class Bench:
     @torch.inference_mode()
     def logits(self, batch: ForwardBatch, cache: MLAKVCache) -> torch.Tensor:
         """Of the sampled rows, on every rank of the replica."""
-        return self.model.compute_logits(self.model.take_rows(self.model(batch, cache), batch))
+        return self.sample(self.model(batch, cache), batch.logits_indices, batch.num_tokens)
+
+    def sample(self, hidden_states: torch.Tensor, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        return self.model.compute_logits(self.model.take_rows(hidden_states, rows, num_tokens))
+
+    def record(self, batch: ForwardBatch, cache: MLAKVCache) -> Call | None:
+        """``logits`` of this decode step from a device graph, as the engine records it; None if it would not.
+
+        Raises:
+            SystemExit: they are not those of the eager step.
+        """
+        lengths = graph_lengths(self.config.index_topk, self.config.max_position_embeddings)
+        length = next(length for length in lengths if length >= batch.attention.max_seq_len)
+        size = batch.exchange.max_tokens_per_rank * self.policy.ranks_per_replica  # equal on all replicas
+        ep_size = self.mesh.layout.num_ep_ranks
+        table = plan_recordings((size,), (length,), self.policy, ep_size=ep_size)
+        if not table.sizes:
+            return None
+        graphs = GraphRunner.capture(
+            self.model,
+            cache,
+            self.rotary,
+            self.platform,
+            table=table,
+            exchange_of=exchange_under(self.policy),
+            world=self.mesh.world,
+        )
+        key = RecordingKey(size, length)
+
+        @torch.inference_mode()
+        def replay() -> torch.Tensor:
+            return self.sample(graphs.run(batch, key), batch.logits_indices, size)
+
+        cosine = F.cosine_similarity(replay().double(), self.logits(batch, cache).double(), dim=-1).min().item()
+        if not cosine >= MIN_COSINE:
+            sys.exit(f"rank {self.mesh.rank}: a replay differs from the eager step (cosine {cosine:.4f})")
+        return replay
 
     def check(self, save: str | None, expect: str | None) -> float:
         """The cosine with the saved logits of one card, over this replica's prompts; 1 when there is nothing to do."""
@@ -154,8 +197,15 @@ class Bench:
 
     def measure(self, name: str, batch_size: int, num_computed: int, num_tokens: int) -> Row:
         batch, cache = self.plan(batch_size, num_computed, num_tokens)
+        return self.time(name, partial(self.logits, batch, cache))
+
+    def measure_graph(self, name: str, batch_size: int, num_computed: int) -> Row | None:
+        replay = self.record(*self.plan(batch_size, num_computed, 1))
+        return None if replay is None else self.time(name, replay)
+
+    def time(self, name: str, step: Call) -> Row:
         for _ in range(3):
-            self.logits(batch, cache)
+            step()
         self.mesh.tp.reset_counters()
         self.mesh.ep.reset_counters()
         times_ms = []
@@ -163,7 +213,7 @@ class Bench:
             self.mesh.world.barrier()
             self.platform.synchronize()
             started_s = time.perf_counter()
-            self.logits(batch, cache)
+            step()
             self.platform.synchronize()
             times_ms.append((time.perf_counter() - started_s) * 1e3)
         sent = sum(self.mesh.tp.bytes_sent.values()) + sum(self.mesh.ep.bytes_sent.values())
@@ -194,6 +244,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--prefill", type=int, nargs="+", default=[2048])
     parser.add_argument("--ll-max-tokens-per-rank", type=int, default=None, help="the engine's own choice")
+    parser.add_argument("--graphs", action="store_true", help="decode from device graphs, too; a CPU runs them again")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save")
     parser.add_argument("--expect")
@@ -205,6 +256,11 @@ def main() -> None:
     rows = [
         bench.measure(f"decode, batch {size}, context 4096", size, DECODE_CONTEXT - 1, 1) for size in arguments.batches
     ]
+    if arguments.graphs:
+        recorded = [
+            bench.measure_graph(f"decode, batch {size}, graph", size, DECODE_CONTEXT - 1) for size in arguments.batches
+        ]
+        rows += [row for row in recorded if row is not None]
     rows += [bench.measure(f"prefill, 2 x {count} tokens", 2, 0, count) for count in arguments.prefill]
     if bench.mesh.rank == 0:
         report(rows, bench, arguments, cosine)

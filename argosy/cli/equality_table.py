@@ -134,10 +134,11 @@ def run_equality_table(options: TableOptions, invocation: Invocation, compare: C
     console = invocation.terminal.table_console()
     console.print(table)
     console.print(
-        "A cell: ways (whole or chunked prefill, requests balanced or all on one replica, and once with asynchronous "
-        "scheduling) with all tokens equal to those of one rank in the same format, and if not all have, the share of "
-        "tokens before a request's first difference. Gap: how much less likely (log) one rank found the token that "
-        "came instead; near 0 it was a tie. Differences are the largest of a row."
+        "A cell: ways (whole or chunked prefill, requests balanced or all on one replica, once with asynchronous "
+        "scheduling, and some again with recorded decode steps) with all tokens equal to those of one rank in the same "
+        "format, and if not all have, the share of tokens before a request's first difference. Gap: how much less "
+        "likely (log) one rank found the token that came instead; near 0 it was a tie. Differences are the largest of "
+        "a row."
     )
     for row in rows:
         for way in row.ways:

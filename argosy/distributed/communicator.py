@@ -4,6 +4,9 @@ An axis of size 1 has no process group, and every method returns its input. It d
 (``tp_comm.py``, ``ep_dispatch.py``) and makes no group (``mesh.py``). Every operation is recorded, watched and counted.
 Invariant: all ranks of ``ranks`` call the same operations in the same order, with shapes that fit.
 
+A collective in a device graph runs at every replay, started by the device: ``taping`` is for the time of recording it,
+``replay`` for launching the graph.
+
 ``bytes_sent`` counts what this rank sends to other ranks, by formula: n ranks, a tensor of B bytes that goes in.
     all_reduce 2 B (n - 1) / n     all_gather B (n - 1)     reduce_scatter, all_to_all B (n - 1) / n
     broadcast B (n - 1) at the source     all_to_all_v: the rows for other ranks
@@ -12,16 +15,19 @@ Invariant: all ranks of ``ranks`` call the same operations in the same order, wi
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from argosy.distributed.flight_recorder import CollectiveRecord, FlightRecorder
+from argosy.distributed.flight_recorder import CollectiveRecord, CollectiveTape, Completion, FlightRecorder
 from argosy.distributed.pending import Pending, Ready
 
 # gloo and HCCL refuse 8-bit floats; their bytes travel all the same.
 BYTE_SIZED_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+T = TypeVar("T")
 
 
 class Communicator:
@@ -211,6 +217,27 @@ class Communicator:
         )
         return gathered
 
+    # --- device graphs -----------------------------------------------------------------------------------------------
+
+    def taping(self) -> AbstractContextManager[CollectiveTape]:
+        """While a graph is recorded: collectives of every axis of this rank go on the tape."""
+        return self._recorder.taping()
+
+    def replay(self, tape: CollectiveTape, launch: Callable[[], T], mark: Callable[[], Completion]) -> T:
+        """``launch`` a graph that was recorded with ``tape``: one record on this axis, open until what ``mark`` returns
+        is completed, and the bytes of all its collectives. Collective, in the sense of the graph's own collectives."""
+        if self.size == 1:
+            return launch()
+        record = self._recorder.start(self.axis, self.ranks, "replay", self.label, (), "", tape.num_bytes)
+        tape.count_replay()
+        with self._recorder.taping():  # where nothing can be recorded, the launch starts them once more
+            out = launch()
+        if self._is_host:
+            record.finish()
+        else:
+            record.work = mark()
+        return out
+
     # --- the one path all operations take --------------------------------------------------------------------------
 
     def _start(
@@ -222,7 +249,11 @@ class Communicator:
         launch: Callable[[], dist.Work],
         is_host: bool = False,
     ) -> "_Flight":
-        self.bytes_sent[op] = self.bytes_sent.get(op, 0) + num_bytes
+        tape = self._recorder.tape
+        if tape is None:
+            self.bytes_sent[op] = self.bytes_sent.get(op, 0) + num_bytes
+        else:
+            tape.add(self.bytes_sent, op, num_bytes)
         dtype = str(x.dtype).removeprefix("torch.")
         record = self._recorder.start(self.axis, self.ranks, op, self.label, x.shape, dtype, num_bytes)
         try:

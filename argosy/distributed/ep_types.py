@@ -62,6 +62,11 @@ class ExchangePlan:
 
 # For one rank: nothing is exchanged, whatever the mode.
 SINGLE_RANK_PLAN = ExchangePlan("high_throughput", 0)
+ExchangeOf = Callable[[int], ExchangePlan]  # what is agreed on for steps of so many tokens of each replica
+
+
+def exchange_nothing(num_tokens: int) -> ExchangePlan:
+    return SINGLE_RANK_PLAN
 
 
 class DispatchHandle(Protocol):

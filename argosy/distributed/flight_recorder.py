@@ -1,15 +1,17 @@
 """The last collectives of this rank, in memory: what ran, how far it came, and what never came back.
 
 Every collective of every Communicator is one ``CollectiveRecord``; the watchdog reads the open ones, and a failure
-writes all of them as JSON. It starts nothing, watches nothing, and knows no torch. Invariant: on one axis the sequence
+writes all of them as JSON. Collectives that a device graph keeps are on a ``CollectiveTape`` instead: they run at every
+replay, which is one record. It starts nothing, watches nothing, and knows no torch. Invariant: on one axis the sequence
 numbers of all ranks count the same collectives, so two ranks' numbers can be compared.
 """
 
+import contextlib
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -82,6 +84,29 @@ def describe(record: CollectiveRecord | AxisProgress, axis: str = "") -> str:
     return f"{record.op} #{record.seq} on axis {name}{where}"
 
 
+class CollectiveTape:
+    """What the collectives of one recording send. Nothing was sent when it was recorded."""
+
+    def __init__(self) -> None:
+        self.num_collectives = 0
+        self.num_bytes = 0
+        self._sent: list[tuple[dict[str, int], str, int]] = []  # a communicator's counters, operation, bytes
+
+    def add(self, counters: dict[str, int], op: str, num_bytes: int) -> None:
+        self.num_collectives += 1
+        self.num_bytes += num_bytes
+        for i, (known, known_op, so_far) in enumerate(self._sent):
+            if known is counters and known_op == op:
+                self._sent[i] = counters, op, so_far + num_bytes
+                return
+        self._sent.append((counters, op, num_bytes))
+
+    def count_replay(self) -> None:
+        """Once more, all of them."""
+        for counters, op, num_bytes in self._sent:
+            counters[op] = counters.get(op, 0) + num_bytes
+
+
 class FlightRecorder:
     """A ring of records. One a rank; its Communicators write, its watchdog reads."""
 
@@ -89,6 +114,7 @@ class FlightRecorder:
         self.on_failure: FailureHandler = on_failure or RaiseFailure()
         self._records: deque[CollectiveRecord] = deque(maxlen=capacity)
         self._last: dict[str, CollectiveRecord] = {}
+        self.tape: CollectiveTape | None = None  # where collectives go that are being recorded, or run in a replay
         self._lock = threading.Lock()  # appending while another thread iterates a deque raises
 
     def start(
@@ -101,6 +127,9 @@ class FlightRecorder:
         dtype: str,
         num_bytes: int,
     ) -> CollectiveRecord:
+        if self.tape is not None:  # no record of its own, but a name if it fails
+            seq = self.tape.num_collectives
+            return CollectiveRecord(axis, ranks, seq, op, label, tuple(shape), dtype, num_bytes, time.monotonic())
         last = self._last.get(axis)
         seq = last.seq + 1 if last else 1
         record = CollectiveRecord(axis, ranks, seq, op, label, tuple(shape), dtype, num_bytes, time.monotonic())
@@ -108,6 +137,16 @@ class FlightRecorder:
             self._records.append(record)
             self._last[axis] = record
         return record
+
+    @contextlib.contextmanager
+    def taping(self) -> Iterator[CollectiveTape]:
+        """Collectives that are started meanwhile go on the tape: they are neither watched nor counted."""
+        assert self.tape is None, "a recording within a recording"
+        self.tape = CollectiveTape()
+        try:
+            yield self.tape
+        finally:
+            self.tape = None
 
     def fail(self, record: CollectiveRecord, error: Exception) -> NoReturn:
         """A collective raised: the handler raises in turn, or reports and ends the process."""

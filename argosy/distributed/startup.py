@@ -19,6 +19,7 @@ from argosy.distributed.rendezvous import KeyValueStore
 ABORT_KEY = "abort"
 VERDICT_KEY = "verdict"  # the abort again, once the rank that saw it first knows who had arrived and who had not
 RENDEZVOUS = "rendezvous"
+LONG_PHASES = ("weights", "workspace", "graphs")  # that have a time of their own
 POLL_S = 0.2
 
 
@@ -174,7 +175,7 @@ class StartupPhases:
         return (
             f"phase {phase.name!r}: {name_ranks(missing)} of {self._world_size} did not arrive within "
             f"{phase.limit_s:g} s ({whereabouts}); start the missing nodes, or raise "
-            f"{'--weights-timeout-s' if phase.name == 'weights' else '--startup-timeout-s'} if they are only slow"
+            f"{'--weights-timeout-s' if phase.name in LONG_PHASES else '--startup-timeout-s'} if they are only slow"
         )
 
 

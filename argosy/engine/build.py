@@ -28,6 +28,7 @@ from argosy.engine.build_rank import (
     build_scheduler,
     cache_dims,
     check_num_blocks,
+    choose_recordings,
     load_model,
     measure_num_blocks,
     measure_step,
@@ -104,6 +105,8 @@ def prepare(config: EngineConfig) -> Preparation:
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     tokenizer.check_matches(model_config.vocab_size)
     platform = select_platform(config.device)
+    if config.emulate_graphs and platform.device_type != "cpu":
+        raise ValueError(f"emulate_graphs is for a CPU; {platform.device_type} records steps without being told to")
     resolved = dataclasses.replace(
         config,
         max_model_len=_resolve_max_model_len(config, model_config),
@@ -153,7 +156,8 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgre
     runner = build_runner(config, model_config, model, prepared.tokenizer.vocab_size, prepared.platform, device)
     warm_up_kernels(config, model_config, runner, prepared.platform, on_trial=on_trial)
     free_bytes = prepared.platform.memory_info().free_bytes
-    runner.graphs = build_graphs(config, model_config, runner, prepared.platform, on_capture)
+    recordings = choose_recordings(config, model_config, prepared.platform)
+    runner.graphs = build_graphs(runner, prepared.platform, recordings, on_capture=on_capture)
     runner.try_graphs()
     runner.compilations.start_counting()
     return BuiltEngine(

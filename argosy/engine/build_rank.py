@@ -15,8 +15,11 @@ from argosy.cache.cache_format import CacheDims, build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
 from argosy.cache.rope import RotarySettings, build_rotary_table
 from argosy.config import DTypeName, EngineConfig
-from argosy.distributed.ep_types import SINGLE_RANK_PLAN
+from argosy.distributed.communicator import Communicator
+from argosy.distributed.dp_coord import ExchangePolicy, choose_mode, plan_recordings
+from argosy.distributed.ep_types import ExchangeOf, ExchangePlan, exchange_nothing
 from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.recordings import NO_RECORDINGS, RecordingTable
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.weight_format import choose_quantization
 from argosy.kernels.select import select_compilation_counter
@@ -32,7 +35,7 @@ from argosy.runner.graph_runner import GraphRunner, OnCapture, graph_batch_sizes
 from argosy.runner.model_runner import ModelRunner
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
-from argosy.runner.warm_up import OnTrial, PlanExchange, WarmUpSizes, plan_warm_up, warm_up
+from argosy.runner.warm_up import OnTrial, WarmUpSizes, plan_warm_up, warm_up
 from argosy.runner.workspace import StepSizes, measure_workspace
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -108,9 +111,14 @@ def measure_num_blocks(
 
 
 def measure_step(
-    config: EngineConfig, model_config: ModelConfig, model: DeepseekV32Model, platform: Platform, device: torch.device
+    config: EngineConfig,
+    model_config: ModelConfig,
+    model: DeepseekV32Model,
+    platform: Platform,
+    device: torch.device,
+    exchange_of: ExchangeOf = exchange_nothing,
 ) -> int:
-    """Bytes that steps and graphs take beside weights and cache; measured where one rank has an accelerator."""
+    """Bytes that steps and graphs take beside weights and cache; measured on an accelerator. Collective over world."""
     if platform.peak_bytes() is None:
         return WORKSPACE_BYTES
     assert config.max_model_len is not None
@@ -126,30 +134,62 @@ def measure_step(
         ),
         platform,
         num_layers=model_config.num_hidden_layers,
+        exchange_of=exchange_of,
     )
     platform.reset_peak()
     assert measured is not None
     return measured + _GRAPH_BYTES
 
 
-def build_graphs(
+def choose_recordings(
     config: EngineConfig,
     model_config: ModelConfig,
+    platform: Platform,
+    policy: ExchangePolicy | None = None,
+    ep_size: int = 1,
+) -> RecordingTable:
+    """What this engine's ranks can record; nothing where it was refused, or would not be recordings. ``policy`` None:
+    one rank."""
+    if config.enforce_eager or not (platform.records_steps or config.emulate_graphs):
+        return NO_RECORDINGS
+    assert config.max_model_len is not None
+    sizes = graph_batch_sizes(config.max_num_seqs)
+    lengths = graph_lengths(model_config.index_topk, config.max_model_len)
+    return (
+        RecordingTable(sizes, lengths) if policy is None else plan_recordings(sizes, lengths, policy, ep_size=ep_size)
+    )
+
+
+def exchange_under(policy: ExchangePolicy) -> ExchangeOf:
+    """What all agree on for steps of as many tokens a replica."""
+
+    def exchange_of(num_tokens: int) -> ExchangePlan:
+        max_tokens_per_rank = -(-num_tokens // policy.ranks_per_replica)
+        return ExchangePlan(choose_mode(max_tokens_per_rank, policy), max_tokens_per_rank)
+
+    return exchange_of
+
+
+def build_graphs(
     runner: ModelRunner,
     platform: Platform,
+    table: RecordingTable,
+    *,
+    exchange_of: ExchangeOf = exchange_nothing,
+    world: Communicator | None = None,
     on_capture: OnCapture | None = None,
 ) -> GraphRunner | None:
-    """Recordings of decode steps; None where they were refused, or would not be recordings."""
-    if config.enforce_eager or not platform.records_steps:
+    """Recordings of decode steps; None where there are to be none. Collective over ``world``."""
+    if not table.sizes:
         return None
-    assert config.max_model_len is not None
     return GraphRunner.capture(
         runner.model,
         runner.cache,
         runner.rotary,
         platform,
-        batch_sizes=graph_batch_sizes(config.max_num_seqs),
-        lengths=graph_lengths(model_config.index_topk, config.max_model_len),
+        table=table,
+        exchange_of=exchange_of,
+        world=world,
         on_capture=on_capture,
     )
 
@@ -211,7 +251,7 @@ def warm_up_kernels(
     model_config: ModelConfig,
     runner: ModelRunner,
     platform: Platform,
-    plan_exchange: PlanExchange = lambda _: SINGLE_RANK_PLAN,
+    exchange_of: ExchangeOf = exchange_nothing,
     on_trial: OnTrial | None = None,
 ) -> None:
     """Every kernel that a step may need is compiled, where they are compiled at all. Collective, see ``warm_up``."""
@@ -233,7 +273,7 @@ def warm_up_kernels(
         trials,
         block_size=config.block_size,
         vocab_size=model_config.vocab_size,
-        plan_exchange=plan_exchange,
+        exchange_of=exchange_of,
         on_trial=on_trial,
     )
     runner.model.expert_load.reset()

@@ -27,9 +27,10 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.worker import RankSettings, run_worker
 from argosy.models.deepseek.config import ModelConfig
 
-# Beside weights and kernels: rendezvous, fingerprints, groups, self-test, cache, sockets; each is bounded on the ranks,
-# which can say who is missing, so this is for ranks that say nothing at all.
+# Rendezvous, fingerprints, groups, self-test, cache, sockets; and the long ones: weights, workspace, kernels, graphs. Each
+# is bounded on the ranks, which can say who is missing, so this is for ranks that say nothing at all.
 _NUM_PHASES = 6
+_NUM_LONG_PHASES = 4
 _POLL_S = 0.1
 _GRACE_S = 5.0
 _ROOT_CAUSE_S = 5.0  # from the first sign of trouble until the launcher knows the cause
@@ -45,6 +46,7 @@ class RunningEngine:
     device_name: str  # what the hardware calls itself
     client: EngineClient
     built: BuiltEngine | None  # an engine in this process; None: it is in others
+    num_graphs: int  # recordings of decode steps
     start_s: float
 
 
@@ -158,6 +160,7 @@ def _adopt(built: BuiltEngine, started_s: float) -> RunningEngine:
         device_name=built.platform.device_name(),
         client=InProcessClient(built.core, built.model_config.eos_token_ids),
         built=built,
+        num_graphs=0 if built.core.runner.graphs is None else built.core.runner.graphs.num_graphs,
         start_s=time.monotonic() - started_s,
     )
 
@@ -188,6 +191,7 @@ def _start_ranks(prepared: Preparation, place: TorchrunPlace | None, started_s: 
         device_name=ready[0].device_name,
         client=client,
         built=None,
+        num_graphs=min(each.num_graphs for each in ready),
         start_s=time.monotonic() - started_s,
     )
 
@@ -195,7 +199,7 @@ def _start_ranks(prepared: Preparation, place: TorchrunPlace | None, started_s: 
 def _wait_for_replicas(link: ProcessLink, config: EngineConfig) -> list[ReplicaReady]:
     """By dp rank."""
     ready: dict[int, ReplicaReady] = {}
-    timeout_s = config.startup_timeout_s * _NUM_PHASES + 2 * config.weights_timeout_s
+    timeout_s = config.startup_timeout_s * _NUM_PHASES + _NUM_LONG_PHASES * config.weights_timeout_s
     deadline_s = time.monotonic() + timeout_s
     while len(ready) < config.dp_size:
         left_s = deadline_s - time.monotonic()

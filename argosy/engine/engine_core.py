@@ -20,6 +20,7 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: ModelRunner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.is_eager = False  # nothing is replayed, even if it was recorded
         self._in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()  # oldest first
 
     def add(self, request: Request) -> None:
@@ -53,7 +54,8 @@ class EngineCore:
                 batch = scheduler.schedule()
                 if batch.is_empty:
                     break
-                in_flight.append((batch, self.runner.start(batch)))
+                recording = None if self.is_eager else self.runner.choose_recording(batch)
+                in_flight.append((batch, self.runner.start(batch, recording=recording)))
             if not in_flight:
                 return scheduler.drain()
             batch, oldest = in_flight[0]
@@ -74,6 +76,8 @@ class EngineCore:
             self.scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
         if settings.async_scheduling is not None:
             self.scheduler.async_scheduling = settings.async_scheduling
+        if settings.enforce_eager is not None:
+            self.is_eager = settings.enforce_eager
 
     def collect_stats(self) -> ReplicaStats:
         scheduler = self.scheduler
@@ -86,7 +90,11 @@ class EngineCore:
             coordination_s=0.0,
             ranks=[
                 RankStats(
-                    0, {}, self.runner.model.expert_load.local_counts(), self.runner.compilations.num_compilations
+                    rank=0,
+                    bytes_sent={},
+                    tokens_per_expert=self.runner.model.expert_load.local_counts(),
+                    num_replays=self.runner.num_replays,
+                    num_late_compilations=self.runner.compilations.num_compilations,
                 )
             ],
         )

@@ -72,6 +72,7 @@ class LLM:
         device_memory_utilization: float = 0.9,
         async_scheduling: bool | None = None,
         enforce_eager: bool = False,
+        emulate_graphs: bool = False,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         tp_size: int = 1,
@@ -108,6 +109,7 @@ class LLM:
             device_memory_utilization=device_memory_utilization,
             async_scheduling=async_scheduling,
             enforce_eager=enforce_eager,
+            emulate_graphs=emulate_graphs,
             enable_prefix_caching=enable_prefix_caching,
             num_threads=num_threads,
             tp_size=tp_size,
@@ -202,6 +204,11 @@ class LLM:
         return built.memory_use.lines() if built is not None and built.memory_use is not None else ()
 
     @property
+    def num_graphs(self) -> int:
+        """Recordings of decode steps on each rank."""
+        return self._running.num_graphs
+
+    @property
     def built(self) -> BuiltEngine:
         """What an engine in this process consists of.
 
@@ -226,14 +233,20 @@ class LLM:
         ll_max_tokens_per_rank: int | None = None,
         max_num_batched_tokens: int | None = None,
         async_scheduling: bool | None = None,
+        enforce_eager: bool | None = None,
     ) -> None:
-        """Change settings between requests; None leaves one as it is.
+        """Change settings between requests; None leaves one as it is. What was recorded is replayed in the exchange's
+        mode of that time only.
 
         Raises:
             ValueError: a value that cannot work.
             RuntimeError: requests are unfinished, or the engine failed.
         """
-        settings = UpdateSettings(ep_mode, ll_max_tokens_per_rank, max_num_batched_tokens, async_scheduling)
+        if enforce_eager is False and not self.num_graphs:
+            raise ValueError("enforce_eager cannot be turned off: no decode step was recorded when the engine started")
+        settings = UpdateSettings(
+            ep_mode, ll_max_tokens_per_rank, max_num_batched_tokens, async_scheduling, enforce_eager
+        )
         changes = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
         config = dataclasses.replace(self._settings, **changes)  # checks the values
         self._client.update_settings(settings)

@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from argosy.distributed.dp_coord import ExchangePolicy, StepAgreement, StepProposal
+from argosy.distributed.recordings import NO_RECORDINGS
 from argosy.engine.replica_messages import (
     AbortRequest,
     AddRequest,
@@ -76,6 +79,7 @@ class ReplicaLoop:
         self.is_asleep = True
         self.is_stopped = False
         self.num_dummy_steps = 0
+        self._recordings = policy.recordings  # all there are, also while none is to be replayed
         self._executor = executor
         self._eos_token_ids = eos_token_ids
         self._coordinator = coordinator
@@ -113,7 +117,7 @@ class ReplicaLoop:
         if self._batch.is_empty and self._in_flight:
             self._finish_oldest()  # nothing can be planned before it is known
             self._batch = self.scheduler.schedule()
-        return StepProposal(self.step, self._batch.num_tokens)
+        return StepProposal(self.step, self._batch.num_tokens, self._batch.decode_length)
 
     def carry_out(self, agreement: StepAgreement) -> None:
         """Start the step that all leaders agreed on, and finish the one before; or fall asleep."""
@@ -153,11 +157,14 @@ class ReplicaLoop:
             self.scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
         if settings.async_scheduling is not None:
             self.scheduler.async_scheduling = settings.async_scheduling
-        ll_max = settings.ll_max_tokens_per_rank
-        self.policy = ExchangePolicy(
-            ep_mode=settings.ep_mode or self.policy.ep_mode,
-            ll_max_tokens_per_rank=self.policy.ll_max_tokens_per_rank if ll_max is None else ll_max,
-            ranks_per_replica=self.policy.ranks_per_replica,
+        policy, ll_max = self.policy, settings.ll_max_tokens_per_rank
+        if settings.enforce_eager is not None:
+            recordings = NO_RECORDINGS if settings.enforce_eager else self._recordings
+            policy = msgspec.structs.replace(policy, recordings=recordings)
+        self.policy = msgspec.structs.replace(
+            policy,
+            ep_mode=settings.ep_mode or policy.ep_mode,
+            ll_max_tokens_per_rank=policy.ll_max_tokens_per_rank if ll_max is None else ll_max,
         )
 
     def _collect_stats(self) -> ReplicaStats:

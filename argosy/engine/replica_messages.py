@@ -49,6 +49,7 @@ class UpdateSettings(msgspec.Struct, frozen=True, tag=True):
     ll_max_tokens_per_rank: int | None = None
     max_num_batched_tokens: int | None = None
     async_scheduling: bool | None = None
+    enforce_eager: bool | None = None  # False: steps that were recorded at the start are replayed
 
 
 class CollectStats(msgspec.Struct, frozen=True, tag=True):
@@ -68,6 +69,7 @@ class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int  # of the cache: the smallest of all ranks
     dtype: str
     device_name: str
+    num_graphs: int = 0  # recordings of decode steps on each of its ranks
 
 
 class StepDeltas(msgspec.Struct, frozen=True, tag=True):
@@ -88,6 +90,7 @@ class RankStats(msgspec.Struct, frozen=True, tag=True):
     rank: int
     bytes_sent: dict[str, dict[str, int]]  # axis -> operation -> bytes that this rank sent to others
     tokens_per_expert: list[list[int]] = []  # by MoE layer, of this rank's experts in order
+    num_replays: int = 0  # steps from device graphs
     num_late_compilations: int = 0  # of kernels, since this rank was ready
 
 

@@ -32,14 +32,14 @@ class ReplicaRanks:
 
     def start(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         self._hub.send_to_all(self._followers, StepPlan(agreement, batch))
-        self._in_flight.append(self._runner.start(batch, _exchange_plan(agreement)))
+        self._in_flight.append(self._runner.start(batch, _exchange_plan(agreement), agreement.recording))
 
     def finish(self) -> StepOutput:
         return self._runner.finish(self._in_flight.popleft())
 
     def execute_dummy(self, agreement: StepAgreement) -> None:
         self._hub.send_to_all(self._followers, StepPlan(agreement))
-        self._runner.execute_dummy(_exchange_plan(agreement))
+        self._runner.execute_dummy(_exchange_plan(agreement), agreement.recording)
 
     def collect_stats(self) -> list[RankStats]:
         """Of the leader, then of its followers in rank order.
@@ -63,12 +63,12 @@ def follow_leader(spoke: PlanSpoke, runner: ModelRunner, count_stats: Callable[[
         for message in spoke.receive(waits=True):
             match message:
                 case StepPlan(agreement, None):
-                    runner.execute_dummy(_exchange_plan(agreement))
+                    runner.execute_dummy(_exchange_plan(agreement), agreement.recording)
                 case StepPlan(agreement, batch):
                     assert batch is not None
                     while len(in_flight) > batch.num_in_flight:  # the leader knew the others' tokens: so must we
                         runner.finish(in_flight.popleft())
-                    in_flight.append(runner.start(batch, _exchange_plan(agreement)))
+                    in_flight.append(runner.start(batch, _exchange_plan(agreement), agreement.recording))
                 case CollectStats():
                     spoke.send(count_stats())
                 case Shutdown():

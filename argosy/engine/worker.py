@@ -15,24 +15,26 @@ from argosy.config import EngineConfig
 from argosy.distributed.dp_coord import (
     DPCoordinator,
     ExchangePolicy,
-    StepProposal,
-    agree,
     choose_ll_max_tokens_per_rank,
     expected_ranks_visited,
 )
 from argosy.distributed.ep_self_test import check_experts
-from argosy.distributed.ep_types import ExchangePlan
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import RankContext
+from argosy.distributed.recordings import NO_RECORDINGS, RecordingTable
 from argosy.distributed.self_test import run_self_test
 from argosy.engine.build import resolve_model_directory
 from argosy.engine.build_rank import (
     DTYPES,
+    build_graphs,
     build_runner,
     build_scheduler,
     check_num_blocks,
+    choose_recordings,
+    exchange_under,
     load_model,
     measure_num_blocks,
+    measure_step,
     warm_up_kernels,
 )
 from argosy.engine.meeting_points import PlanHub, PlanSpoke, connect_to_driver, connect_to_leader, open_plan_hub
@@ -42,7 +44,6 @@ from argosy.engine.replica_ranks import ReplicaRanks, follow_leader
 from argosy.models.deepseek.config import ModelConfig, load_model_config
 from argosy.platforms import Platform, select_platform
 from argosy.runner.model_runner import ModelRunner
-from argosy.runner.warm_up import PlanExchange
 
 
 class RankSettings(msgspec.Struct, frozen=True):
@@ -78,7 +79,7 @@ class RankWorker:
         self._dp_rank = context.layout.coords(context.rank).dp
 
     def set_up(self) -> ModelRunner:
-        """Every phase from the comparison of settings to an empty cache. Collective over world.
+        """Every phase from the comparison of settings to an empty cache and recorded steps. Collective over world.
 
         Raises:
             ValueError: what the user gave cannot work, or differs between nodes.
@@ -99,11 +100,20 @@ class RankWorker:
             run_self_test(self._mesh, device, moe_check=lambda: check_experts(self._mesh.ep, device))
         with phases.run("weights", deadline_s=config.weights_timeout_s):
             model = load_model(config, directory, model_config, self._mesh, platform, device)
+        policy = self._build_policy(model_config)
+        exchange_of = exchange_under(policy)
+        with phases.run("workspace", deadline_s=config.weights_timeout_s):  # compiles kernels, where there are any
+            workspace_bytes = measure_step(config, model_config, model, platform, device, exchange_of)
         with phases.run("cache"):
-            self._config = dataclasses.replace(config, num_blocks=self._agree_on_num_blocks(model_config, platform))
+            num_blocks = self._agree_on_num_blocks(model_config, platform, workspace_bytes)
+            self._config = dataclasses.replace(config, num_blocks=num_blocks)
             runner = build_runner(self._config, model_config, model, self._settings.num_valid_tokens, platform, device)
         with phases.run("kernels", deadline_s=config.weights_timeout_s):
-            warm_up_kernels(self._config, model_config, runner, platform, self._plan_exchange(model_config))
+            warm_up_kernels(self._config, model_config, runner, platform, exchange_of)
+        with phases.run("graphs", deadline_s=config.weights_timeout_s):
+            table = self._agree_on_recordings(model_config, policy)
+            runner.graphs = build_graphs(runner, platform, table, exchange_of=exchange_of, world=self._mesh.world)
+            runner.try_graphs(exchange_of)
         runner.compilations.start_counting()
         return runner
 
@@ -115,17 +125,19 @@ class RankWorker:
         hub: PlanHub = open_plan_hub(self._context.store, self._dp_rank, is_one_node=self._settings.is_one_node)
         hub.receive_from(followers, self._config.startup_timeout_s)
         driver = connect_to_driver(self._context.store, self._dp_rank, self._config.startup_timeout_s)
+        recordings = NO_RECORDINGS if runner.graphs is None else runner.graphs.table
         coordinator = DPCoordinator(self._mesh.leaders.named("agreement on a step"))
         loop = ReplicaLoop(
             build_scheduler(self._config),
             ReplicaRanks(runner, hub, followers, lambda: self._count_stats(runner)),
-            policy=build_policy(self._config, model_config, layout.num_ep_ranks, self._platform),
+            policy=msgspec.structs.replace(self._build_policy(model_config), recordings=recordings),
             eos_token_ids=model_config.eos_token_ids,
             coordinator=coordinator,
             report=driver.send,
         )
         assert self._config.num_blocks is not None
-        driver.send(ReplicaReady(self._config.num_blocks, self._config.dtype, self._platform.device_name()))
+        num_graphs = 0 if runner.graphs is None else runner.graphs.num_graphs
+        driver.send(ReplicaReady(self._config.num_blocks, self._config.dtype, self._platform.device_name(), num_graphs))
         while not loop.is_stopped:
             for command in driver.receive(waits=loop.is_asleep):
                 loop.receive(command)
@@ -143,24 +155,24 @@ class RankWorker:
         follow_leader(spoke, runner, lambda: self._count_stats(runner))
         spoke.close()
 
-    def _agree_on_num_blocks(self, model_config: ModelConfig, platform: Platform) -> int:
+    def _agree_on_num_blocks(self, model_config: ModelConfig, platform: Platform, workspace_bytes: int) -> int:
         """The smallest cache of all ranks: replicas must be alike, and the ranks of one share a block table."""
-        config = self._config
-        mine = measure_num_blocks(config, model_config, DTYPES[config.dtype], platform, self._settings.num_local_ranks)
+        config, num_local_ranks = self._config, self._settings.num_local_ranks
+        dtype = DTYPES[config.dtype]
+        mine = measure_num_blocks(config, model_config, dtype, platform, num_local_ranks, workspace_bytes)
         num_blocks = min(int(text) for text in self._context.phases.gather("num_blocks", str(mine)))
         check_num_blocks(config, num_blocks)
         return num_blocks
 
-    def _plan_exchange(self, model_config: ModelConfig) -> PlanExchange:
-        """What the replicas would agree on if all had as many tokens."""
-        layout = self._context.layout
-        policy = build_policy(self._config, model_config, layout.num_ep_ranks, self._platform)
+    def _build_policy(self, model_config: ModelConfig) -> ExchangePolicy:
+        return build_policy(self._config, model_config, self._context.layout.num_ep_ranks, self._platform)
 
-        def plan(num_tokens: int) -> ExchangePlan:
-            agreement = agree([StepProposal(0, num_tokens)] * self._config.dp_size, policy)
-            return ExchangePlan(agreement.mode, agreement.max_tokens_per_rank)
-
-        return plan
+    def _agree_on_recordings(self, model_config: ModelConfig, policy: ExchangePolicy) -> RecordingTable:
+        """None if one rank cannot: nobody may wait for it in a graph."""
+        ep_size = self._context.layout.num_ep_ranks
+        mine = choose_recordings(self._config, model_config, self._platform, policy, ep_size)
+        can_all = all(text == "yes" for text in self._context.phases.gather("graphs", "yes" if mine.sizes else "no"))
+        return mine if can_all else NO_RECORDINGS
 
     def _count_stats(self, runner: ModelRunner) -> RankStats:
         mesh = self._mesh
@@ -170,6 +182,7 @@ class RankWorker:
             bytes_sent={each.axis: dict(each.bytes_sent) for each in communicators},
             tokens_per_expert=runner.model.expert_load.local_counts(),
             num_late_compilations=runner.compilations.num_compilations,
+            num_replays=runner.num_replays,
         )
 
 

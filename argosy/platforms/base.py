@@ -26,6 +26,13 @@ class DeviceGraph:
     replay: Callable[[], None]
 
 
+class Mark(Protocol):
+    """A point in the device's work."""
+
+    def is_completed(self) -> bool:
+        """Whether the device has come past it. May be asked from another thread."""
+
+
 class HostCopy(Protocol):
     """A tensor on its way from the device to the host."""
 
@@ -72,6 +79,10 @@ class Platform(ABC):
     def start_copy_to_host(self, tensor: torch.Tensor) -> HostCopy:
         """Copy once the work started so far is done; the host goes on. Nobody may write to ``tensor`` afterwards."""
 
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Behind everything started so far."""
+
     @property
     @abstractmethod
     def records_steps(self) -> bool:
@@ -79,11 +90,15 @@ class Platform(ABC):
 
     @abstractmethod
     def new_graph_pool(self) -> object:
-        """Memory that graphs share which are never replayed at the same time: for ``capture``."""
+        """What graphs share which are never replayed at the same time, above all memory: for ``capture``."""
+
+    @abstractmethod
+    def warm_up(self, run: Callable[[], torch.Tensor], pool: object) -> None:
+        """Run what will be captured, once: it compiles kernels and connects ranks, which a recording cannot."""
 
     @abstractmethod
     def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:
-        """Run once, then record what ``run`` starts on the device. It must not wait for the device.
+        """Record what ``run`` starts on the device. It must not wait for the device.
 
         Later replays read the same input tensors and write the same output.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
+from argosy.platforms.base import DeviceGraph, HostCopy, Mark, MemoryInfo, Platform
 from argosy.platforms.side_lane import NoSideLane
 
 
@@ -19,6 +19,13 @@ class HostTensor:
 
     def wait(self) -> torch.Tensor:
         return self.tensor
+
+
+class PastMark:
+    """``Mark``: what was started is done."""
+
+    def is_completed(self) -> bool:
+        return True
 
 
 class CpuPlatform(Platform):
@@ -56,7 +63,13 @@ class CpuPlatform(Platform):
     def start_copy_to_host(self, tensor: torch.Tensor) -> HostCopy:
         return HostTensor(tensor)
 
+    def mark(self) -> Mark:
+        return PastMark()
+
     def new_graph_pool(self) -> object:
+        return None
+
+    def warm_up(self, run: Callable[[], torch.Tensor], pool: object) -> None:
         return None
 
     def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from argosy.platforms.base import DeviceGraph, HostCopy, MemoryInfo, Platform
+from argosy.platforms.base import DeviceGraph, HostCopy, Mark, MemoryInfo, Platform
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,24 @@ class PinnedCopy:
     def wait(self) -> torch.Tensor:
         self.event.synchronize()
         return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EventMark:
+    """``Mark`` by an event on the current stream."""
+
+    event: torch.cuda.Event
+
+    def is_completed(self) -> bool:
+        return self.event.query()
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPool:
+    """What the graphs of one pool are recorded on, and where their tensors lie."""
+
+    handle: object
+    stream: torch.cuda.Stream
 
 
 T = TypeVar("T")
@@ -93,17 +111,27 @@ class CudaPlatform(Platform):
     def records_steps(self) -> bool:
         return torch.cuda.get_device_capability() >= (9, 0)  # others run plain operations, of which some wait
 
-    def new_graph_pool(self) -> object:
-        return torch.cuda.graph_pool_handle()
+    def mark(self) -> Mark:
+        event = torch.cuda.Event()
+        event.record()
+        return EventMark(event)
+
+    def new_graph_pool(self) -> GraphPool:
+        return GraphPool(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+
+    def warm_up(self, run: Callable[[], torch.Tensor], pool: object) -> None:
+        assert isinstance(pool, GraphPool)
+        pool.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(pool.stream):
+            run()
+        torch.cuda.current_stream().wait_stream(pool.stream)
 
     def capture(self, run: Callable[[], torch.Tensor], pool: object) -> DeviceGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # compiles kernels and makes handles, which a recording cannot
-        torch.cuda.current_stream().wait_stream(stream)
+        """NOTE(order): waits for all that was started, on other ranks too where they exchange: no collective is in
+        flight while one records. "thread_local": a watchdog asks for events from its own thread meanwhile."""
+        assert isinstance(pool, GraphPool)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
             output = run()
         return DeviceGraph(output, graph.replay)
 

@@ -6,20 +6,26 @@ recorded; padding rows write no slot and attend to one entry of the null block. 
 is recorded for a few longest lengths. Invariant: a replay gives what the model gives for the same batch run eagerly,
 within the rounding of products of another height.
 
-The head is not recorded: its output is large, and its launch is hidden behind the replay.
+With several ranks, collectives are in the recordings: all ranks make the same ones in the same order, and which one a
+step replays is agreed on by all (``dp_coord.py``). The head is not recorded: its output is large, and its launch is
+hidden behind the replay.
 
-Shape letters: B requests, n recorded batch size, D hidden.
+Shape letters: B requests, n recorded batch size, D hidden, t this rank's slice of n.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from argosy.cache.mla_kv_cache import MLAKVCache
-from argosy.distributed.ep_types import SINGLE_RANK_PLAN
+from argosy.distributed.communicator import Communicator
+from argosy.distributed.ep_types import ExchangeOf, exchange_nothing
+from argosy.distributed.flight_recorder import CollectiveTape
+from argosy.distributed.recordings import RecordingKey, RecordingTable
 from argosy.kernels import RotaryTable, fill_decode_inputs, rotary_rows
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch
 from argosy.models.deepseek.model import DeepseekV32Model
@@ -82,28 +88,40 @@ class StaticInputs:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A graph, and what its collectives send."""
+
+    graph: DeviceGraph
+    tape: CollectiveTape
+    world: Communicator  # all ranks of it, by a name that tells which recording it is
+
+
 class GraphRunner:
-    """The recordings of one rank. Build with ``capture``. One rank alone: nothing is exchanged in a recording."""
+    """The recordings of one rank. Build with ``capture``."""
 
     def __init__(
         self,
         model: DeepseekV32Model,
         cache: MLAKVCache,
         rotary: RotaryTable,
+        platform: Platform,
         *,
+        table: RecordingTable,
+        exchange_of: ExchangeOf,
         side_lane: SideLane,
-        batch_sizes: tuple[int, ...],
-        lengths: tuple[int, ...],
     ) -> None:
-        self._model, self._cache, self._rotary = model, cache, rotary
-        self._batch_sizes, self._lengths = batch_sizes, lengths
-        num_blocks = -(-lengths[-1] // cache.block_size)
+        self.table = table
+        self.num_replays = 0
+        self._model, self._cache, self._rotary, self._platform = model, cache, rotary, platform
+        self._exchange_of = exchange_of
+        num_blocks = -(-table.lengths[-1] // cache.block_size)
         device = rotary.cos.device
-        self._inputs = StaticInputs.allocate(batch_sizes[-1], num_blocks, device)
-        self._query_start_loc = torch.arange(batch_sizes[-1] + 1, dtype=torch.int32, device=device)
+        self._inputs = StaticInputs.allocate(table.sizes[-1], num_blocks, device)
+        self._query_start_loc = torch.arange(table.sizes[-1] + 1, dtype=torch.int32, device=device)
         self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._side_lane = side_lane
-        self._graphs: dict[tuple[int, int], DeviceGraph] = {}
+        self._recordings: dict[RecordingKey, Recording] = {}
 
     @classmethod
     def capture(
@@ -113,42 +131,43 @@ class GraphRunner:
         rotary: RotaryTable,
         platform: Platform,
         *,
-        batch_sizes: tuple[int, ...],
-        lengths: tuple[int, ...],
+        table: RecordingTable,
+        exchange_of: ExchangeOf = exchange_nothing,
+        world: Communicator | None = None,
         on_capture: OnCapture | None = None,
     ) -> "GraphRunner":
-        """Run and record every size; the largest first, whose memory the others use again."""
+        """Run and record all of ``table``. Collective over ``world``, whose ranks replay together; None: one rank."""
+        world = world or Communicator.local("world")
         side_lane = platform.new_side_lane()
-        runner = cls(model, cache, rotary, side_lane=side_lane, batch_sizes=batch_sizes, lengths=lengths)
+        runner = cls(model, cache, rotary, platform, table=table, exchange_of=exchange_of, side_lane=side_lane)
         pool = platform.new_graph_pool()
-        keys = list(itertools.product(reversed(batch_sizes), reversed(lengths)))
-        for i, (size, length) in enumerate(keys):
-            runner._record(size, length, platform, pool)
+        keys = table.keys()
+        for i, key in enumerate(keys):
+            runner._record(key, world, pool)
             if on_capture is not None:
                 on_capture(i + 1, len(keys))
         return runner
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        return len(self._recordings)
 
-    def fits(self, batch: ForwardBatch) -> bool:
-        """Whether every request of the batch computes one token, and there are not too many."""
-        attention = batch.attention
-        return attention.num_prefill_tokens == 0 and 0 < batch.num_tokens <= self._batch_sizes[-1]
+    def run(self, batch: ForwardBatch, key: RecordingKey) -> torch.Tensor:
+        """``DeepseekV32Model.forward`` of a batch that ``key`` holds, padded to its size: this rank's slice [t, D] of n
+        hidden states, valid until the next call. Collective over the ranks that recorded: all replay the same key."""
+        recording = self._recordings[key]
+        self._inputs.rows(key.size).fill(batch)
+        recording.world.replay(recording.tape, recording.graph.replay, self._platform.mark)
+        self.num_replays += 1
+        return recording.graph.output
 
-    def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """``DeepseekV32Model.forward`` of a batch that ``fits``: hidden states [B, D], valid until the next call."""
-        size = _smallest_that_holds(batch.num_tokens, self._batch_sizes)
-        length = _smallest_that_holds(batch.attention.max_seq_len, self._lengths)
-        self._inputs.rows(size).fill(batch)
-        graph = self._graphs[size, length]
-        graph.replay()
-        return graph.output[: batch.num_tokens]
-
-    def _record(self, size: int, length: int, platform: Platform, pool: object) -> None:
-        inputs = self._inputs.rows(size)
-        self._graphs[size, length] = platform.capture(lambda: self._forward(inputs, length), pool)
+    def _record(self, key: RecordingKey, world: Communicator, pool: object) -> None:
+        forward = partial(self._forward, self._inputs.rows(key.size), key.length)
+        self._platform.warm_up(forward, pool)
+        with world.taping() as tape:
+            graph = self._platform.capture(forward, pool)
+        label = f"decode steps of up to {key.size} x {key.length} tokens, {tape.num_collectives} collectives"
+        self._recordings[key] = Recording(graph, tape, world.named(label))
 
     @torch.inference_mode()
     def _forward(self, inputs: StaticInputs, length: int) -> torch.Tensor:
@@ -172,12 +191,8 @@ class GraphRunner:
             rotary=rotary_rows(self._rotary, inputs.positions),
             attention=attention,
             logits_indices=self._no_rows,  # rows are taken outside
-            exchange=SINGLE_RANK_PLAN,
+            exchange=self._exchange_of(size),
             side_lane=self._side_lane,
         )
         hidden_states: torch.Tensor = self._model(batch, self._cache)
         return hidden_states
-
-
-def _smallest_that_holds(number: int, ascending: Iterable[int]) -> int:
-    return next(limit for limit in ascending if limit >= number)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from argosy.cache.mla_kv_cache import MLAKVCache
-from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
+from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangeOf, ExchangePlan, exchange_nothing
+from argosy.distributed.recordings import RecordingKey
 from argosy.kernels import RotaryTable
 from argosy.kernels.compilations import CompilationCounter, NoCompilations
 from argosy.layers.forward_batch import ForwardBatch
@@ -73,14 +74,33 @@ class ModelRunner:
         self._platform = platform
         self._builder = BatchBuilder(row_table, rotary, device)
 
-    def execute(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> StepOutput:
+    @property
+    def num_replays(self) -> int:
+        """Steps that recordings took."""
+        return 0 if self.graphs is None else self.graphs.num_replays
+
+    def execute(
+        self,
+        batch: ScheduledBatch,
+        exchange: ExchangePlan = SINGLE_RANK_PLAN,
+        recording: RecordingKey | None = None,
+    ) -> StepOutput:
         """One step alone: ``start`` and ``finish``."""
-        return self.finish(self.start(batch, exchange))
+        return self.finish(self.start(batch, exchange, recording))
+
+    def choose_recording(self, batch: ScheduledBatch) -> RecordingKey | None:
+        """For ``start``, on a rank that is alone: several agree."""
+        return None if self.graphs is None else self.graphs.table.choose(batch.num_tokens, batch.decode_length)
 
     @torch.inference_mode()
-    def start(self, batch: ScheduledBatch, exchange: ExchangePlan = SINGLE_RANK_PLAN) -> StepInFlight:
-        """Give the device a step. At most one other may be in flight. Collective over the replica and, with
-        ``execute_dummy``, over ep.
+    def start(
+        self,
+        batch: ScheduledBatch,
+        exchange: ExchangePlan = SINGLE_RANK_PLAN,
+        recording: RecordingKey | None = None,
+    ) -> StepInFlight:
+        """Give the device a step, to be replayed if there is a ``recording`` for it. At most one other may be in
+        flight. Collective over the replica and, with ``execute_dummy``, over ep.
 
         Every rank of the replica gets the same plan and samples the same tokens.
         """
@@ -88,10 +108,12 @@ class ModelRunner:
         for request in batch.admitted:
             self._sampler.admit(request.row, request, self._eos_token_ids)
         built = self._builder.build(batch, exchange)
-        hidden_states = self._forward(built.forward)
+        hidden_states, num_tokens = self._forward(built.forward, recording)
         if not built.sampled.size:
             return StepInFlight(len(batch.rows), None)
-        logits = self.model.compute_logits(self.model.take_rows(hidden_states, built.forward))
+        logits = self.model.compute_logits(
+            self.model.take_rows(hidden_states, built.forward.logits_indices, num_tokens)
+        )
         return StepInFlight(len(batch.rows), self._sample(built, logits))
 
     def finish(self, step: StepInFlight) -> StepOutput:
@@ -111,21 +133,26 @@ class ModelRunner:
         return StepOutput(sampled_token_ids=sampled_token_ids, logprobs=logprobs)
 
     @torch.inference_mode()
-    def execute_dummy(self, exchange: ExchangePlan) -> None:
+    def execute_dummy(self, exchange: ExchangePlan, recording: RecordingKey | None = None) -> None:
         """Takes part in the others' step with one token of nobody. Collective as ``start``."""
-        self.model(self._builder.build_dummy(exchange), self.cache)
+        self._forward(self._builder.build_dummy(exchange), recording)
 
     @torch.inference_mode()
-    def try_graphs(self) -> None:
-        """Replays one recording, if there are any: filling its inputs takes a kernel too. Writes no cache slot."""
-        if self.graphs is not None:
-            self.graphs.run(self._builder.build_dummy(SINGLE_RANK_PLAN))
+    def try_graphs(self, exchange_of: ExchangeOf = exchange_nothing) -> None:
+        """Replays the smallest recording, if there are any: filling its inputs takes a kernel too. Writes no cache
+        slot. Collective as the recordings."""
+        if self.graphs is None:
+            return
+        key = self.graphs.table.keys()[-1]
+        self.graphs.run(self._builder.build_dummy(exchange_of(key.size)), key)
+        self.graphs.num_replays = 0  # that was no step
 
-    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        if self.graphs is not None and self.graphs.fits(batch):
-            return self.graphs.run(batch)
-        hidden_states: torch.Tensor = self.model(batch, self.cache)
-        return hidden_states
+    def _forward(self, batch: ForwardBatch, recording: RecordingKey | None) -> tuple[torch.Tensor, int]:
+        """This rank's slice of the hidden states, and of how many tokens it is the slice."""
+        if recording is None:
+            return self.model(batch, self.cache), batch.num_tokens
+        assert self.graphs is not None, f"{recording} was agreed on, and this rank has no recordings"
+        return self.graphs.run(batch, recording), recording.size
 
     def _sample(self, built: BuiltBatch, logits: torch.Tensor) -> PendingTokens:
         last_token_ids = self._builder.last_token_ids

@@ -15,7 +15,7 @@ import torch
 
 from argosy.cache.cache_format import CacheFormat
 from argosy.cache.mla_kv_cache import MLAKVCache
-from argosy.distributed.ep_types import ExchangePlan
+from argosy.distributed.ep_types import ExchangeOf
 from argosy.kernels import RotaryTable
 from argosy.messages import ScheduledBatch
 from argosy.models.deepseek.model import DeepseekV32Model
@@ -25,7 +25,6 @@ from argosy.runner.workspace import plan_trial
 
 Trial = tuple[tuple[int, int], ...]  # computed and scheduled tokens of each request, decodes first
 OnTrial = Callable[[int, int], None]  # trials run, trials in all
-PlanExchange = Callable[[int], ExchangePlan]  # from a step's tokens, the same on every rank
 
 # Chunks behind a context: of a few tokens, then around two rows for each multiprocessor of a card; what is hidden by a
 # mask is computed in blocks of 128 queries, of which 240 and 320 fill more than 272 do.
@@ -72,7 +71,7 @@ def warm_up(
     *,
     block_size: int,
     vocab_size: int,
-    plan_exchange: PlanExchange,
+    exchange_of: ExchangeOf,
     on_trial: OnTrial | None = None,
 ) -> None:
     """Runs the trials through one layer of each kind, and the head. Collective over the replica and over ep."""
@@ -81,7 +80,7 @@ def warm_up(
     for i, trial in enumerate(trials):
         batch = plan_trial(trial, vocab_size)
         built = BatchBuilder(_empty_table(batch, block_size), rotary, device).build(
-            batch, plan_exchange(batch.num_tokens)
+            batch, exchange_of(batch.num_tokens)
         )
         hidden_states = model(built.forward, cache, num_layers)
         model.compute_logits(model.take_rows(hidden_states, built.forward))

@@ -13,6 +13,7 @@ import torch
 
 from argosy.cache.cache_format import CacheFormat
 from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.distributed.ep_types import ExchangeOf, exchange_nothing
 from argosy.kernels import RotaryTable
 from argosy.messages import AdmittedRequest, ScheduledBatch
 from argosy.models.deepseek.model import DeepseekV32Model
@@ -45,9 +46,12 @@ def measure_workspace(
     platform: Platform,
     *,
     num_layers: int,
+    exchange_of: ExchangeOf = exchange_nothing,
 ) -> int | None:
     """Bytes at the peak of a prefill of ``max_num_batched_tokens`` behind a long context, with logits to sample for
-    ``max_num_seqs`` requests; None where the platform does not count. For a rank that exchanges nothing."""
+    ``max_num_seqs`` requests; None where the platform does not count. Collective over world: all ranks run it, each
+    replica with tokens of its own, which are alike and so meet at the same few experts: the most that can come to them.
+    """
     platform.reset_peak()
     before = platform.peak_bytes()
     if before is None:
@@ -59,9 +63,10 @@ def measure_workspace(
         max_num_seqs=len(batch.rows), max_model_len=sizes.max_model_len, block_size=sizes.block_size
     )  # all zeros: every position lies in block 0
     table.apply(batch)
-    hidden_states = model(BatchBuilder(table, rotary, device).build(batch).forward, cache)
+    exchange = exchange_of(batch.num_tokens)
+    hidden_states = model(BatchBuilder(table, rotary, device).build(batch, exchange).forward, cache)
     rows = torch.zeros(sizes.max_num_seqs, dtype=torch.int64, device=device)
-    logits = model.compute_logits(hidden_states.index_select(0, rows))
+    logits = model.compute_logits(model.take_rows(hidden_states, rows, batch.num_tokens))
     logits.softmax(dim=1)  # sampling takes as much again
     peak = platform.peak_bytes()
     assert peak is not None

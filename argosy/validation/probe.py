@@ -4,8 +4,6 @@ It schedules nothing: the caller says which tokens are computed when. Invariant:
 cache.
 """
 
-import dataclasses
-
 import torch
 
 from argosy.cache.cache_format import build_cache_format
@@ -48,7 +46,7 @@ class ModelProbe:
         for rows, num_tokens, batch in batches:
             everything = torch.arange(batch.num_tokens, device=self._device)
             hidden_states = self._model(batch, cache)
-            hidden_states = self._model.take_rows(hidden_states, dataclasses.replace(batch, logits_indices=everything))
+            hidden_states = self._model.take_rows(hidden_states, everything, batch.num_tokens)
             for row, part in zip(rows, hidden_states.split(num_tokens), strict=True):
                 parts[row].append(part)
         return [torch.cat(part) for part in parts]

@@ -3,7 +3,7 @@
 Every row starts a deployment and runs the same prompts through every way in which its ranks can exchange tokens,
 prefill and share out requests; one rank of the same number format, whole prefill, is what all are compared with
 (``number_formats.py``). It judges, it does not print. A feature that changes how tokens are computed adds a column or a
-row here. Invariant: a cell that passes has compared at least one token.
+row here. Invariant: a cell that passes has compared at least one token, and replayed a step if it is about replays.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from argosy.config import EngineConfig, EPMode
 from argosy.engine.generation import LLM
 from argosy.messages import CompletionOutput, RequestOutput
+from argosy.platforms import select_platform
 from argosy.sampling_params import SamplingParams
 from argosy.validation.number_formats import NumberFormat, Tolerance
 
@@ -53,12 +54,14 @@ class Way:
     is_chunked: bool
     is_balanced: bool
     is_async: bool = False  # the next step is planned while one runs
+    is_recorded: bool = False  # decode steps from device graphs; on a CPU, from the batches that those would have
 
     @property
     def name(self) -> str:
         prefill = "chunked" if self.is_chunked else "whole"
         share = "balanced" if self.is_balanced else "all on one replica"
-        return f"{self.ep_mode}, {prefill}, {share}{', async' if self.is_async else ''}"
+        extras = f"{', async' if self.is_async else ''}{', recorded' if self.is_recorded else ''}"
+        return f"{self.ep_mode}, {prefill}, {share}{extras}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +74,14 @@ class WayResult:
     logprob_difference: float  # the largest, over the equal tokens
     largest_gap: float  # see ``_gap``; 0 if all tokens are equal
     tolerance: Tolerance
+    num_replays: int = 0  # steps from recordings, on the rank with the fewest
 
     @property
     def passed(self) -> bool:
         is_close = self.logprob_difference <= self.tolerance.logprob_difference
         is_tie = self.largest_gap <= self.tolerance.gap
+        if self.way.is_recorded and not self.num_replays:
+            return False
         return 0 < self.num_tokens * self.tolerance.share <= self.num_equal and is_close and is_tie
 
 
@@ -118,18 +124,25 @@ def compare_topologies(
         ValueError: a topology that this model or this machine cannot have.
         RuntimeError: a deployment that failed.
     """
+    is_cpu = select_platform(number_format.config.device).device_type == "cpu"
     config = dataclasses.replace(
-        number_format.config, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False, async_scheduling=False
+        number_format.config,
+        max_num_seqs=MAX_NUM_SEQS,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        emulate_graphs=is_cpu,
     )
     expected: list[CompletionOutput] | None = None
     for topology in topologies if Topology(1, 1) in topologies else (Topology(1, 1), *topologies):
         started_s = time.monotonic()
         with closing(LLM.from_config(_with_topology(config, topology))) as llm:
             start_s = time.monotonic() - started_s
+            llm.update_settings(enforce_eager=True)
             if expected is None:
                 expected = _run(llm, workload, None)
             tolerance = number_format.tolerance(llm.dtype_name, topology.tp_size)
-            results = [_compare(llm, workload, way, expected, tolerance) for way in _ways(topology)]
+            ways = _ways(topology) + (_recorded_ways(topology) if llm.num_graphs else [])
+            results = [_compare(llm, workload, way, expected, tolerance) for way in ways]
         if topology in topologies:
             yield TopologyResult(topology=topology, number_format=number_format.name, start_s=start_s, ways=results)
 
@@ -144,9 +157,21 @@ def _ways(topology: Topology) -> list[Way]:
     Asynchronous scheduling runs once a mode, where it meets the most: chunks, and replicas that end at different times.
     """
     modes: tuple[EPMode, ...] = EP_MODES if topology.num_ranks > 1 else ("auto",)
-    balances = (True, False) if topology.dp_size > 1 else (True,)
-    ways = [Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in balances]
+    ways = [
+        Way(mode, chunked, balanced) for mode in modes for chunked in (False, True) for balanced in _balances(topology)
+    ]
     return ways + [Way(mode, is_chunked=True, is_balanced=True, is_async=True) for mode in modes]
+
+
+def _recorded_ways(topology: Topology) -> list[Way]:
+    """In the mode that small steps are recorded in, with chunks: while a replica prefills, nobody replays."""
+    mode: EPMode = "low_latency" if topology.num_ranks > 1 else "auto"
+    ways = [Way(mode, is_chunked=True, is_balanced=balanced, is_recorded=True) for balanced in _balances(topology)]
+    return [*ways, Way(mode, is_chunked=True, is_balanced=True, is_async=True, is_recorded=True)]
+
+
+def _balances(topology: Topology) -> tuple[bool, ...]:
+    return (True, False) if topology.dp_size > 1 else (True,)
 
 
 def _compare(
@@ -158,7 +183,9 @@ def _compare(
         # Low latency by choice, whatever the number of tokens; overflow is impossible by agreement.
         max_num_batched_tokens=CHUNK_TOKENS if way.is_chunked else prompt_tokens,
         async_scheduling=way.is_async,
+        enforce_eager=not way.is_recorded,
     )
+    replays_before = _num_replays(llm)
     found = _run(llm, workload, None if way.is_balanced else llm.config.dp_size - 1)
     num_equal, difference, gap = 0, 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
@@ -174,7 +201,12 @@ def _compare(
         logprob_difference=difference,
         largest_gap=gap,
         tolerance=tolerance,
+        num_replays=min(b - a for a, b in zip(replays_before, _num_replays(llm), strict=True)),
     )
+
+
+def _num_replays(llm: LLM) -> list[int]:
+    return [rank.num_replays for replica in llm.collect_stats() for rank in replica.ranks]
 
 
 def _run(llm: LLM, workload: Workload, data_parallel_rank: int | None) -> list[CompletionOutput]:

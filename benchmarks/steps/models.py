@@ -13,6 +13,7 @@ import torch
 
 from argosy.assets import builtin_model_directory
 from argosy.config import EngineConfig
+from argosy.distributed.recordings import RecordingTable
 from argosy.engine.build import BuiltEngine, build_engine
 from argosy.models.deepseek.config import ModelConfig
 from argosy.platforms import Platform
@@ -108,8 +109,7 @@ def record_graphs(
         runner.cache,
         runner.rotary,
         platform,
-        batch_sizes=tuple(sorted(set(decodes))),
-        lengths=(length,),
+        table=RecordingTable(tuple(sorted(set(decodes))), (length,)),
     )
 
 

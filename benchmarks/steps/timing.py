@@ -51,7 +51,11 @@ class Bench:
 
     def execute(self, batches: Sequence[ScheduledBatch]) -> None:
         for batch in batches:
-            self.runner.execute(batch, self.exchange(batch))
+            self.runner.finish(self.start(batch))
+
+    def start(self, batch: ScheduledBatch) -> StepInFlight:
+        """From a recording if there is one."""
+        return self.runner.start(batch, self.exchange(batch), self.runner.choose_recording(batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +150,12 @@ def check_graph(bench: Bench, batch_size: int) -> float:
         return 0.0
     (batch,) = bench.decode(batch_size, 1)
     bench.execute([batch])  # admits the requests
-    forward = runner._builder.build(without_admission(batch), bench.exchange(batch)).forward
-    if not runner.graphs.fits(forward):
+    recording = runner.choose_recording(batch)
+    if recording is None:
         return 0.0
+    forward = runner._builder.build(without_admission(batch), bench.exchange(batch)).forward
     with torch.inference_mode():
-        found = runner.graphs.run(forward).float().clone()
+        found = runner.graphs.run(forward, recording)[: batch.num_tokens].float().clone()
         expected = runner.model(forward, runner.cache).float()
     error = ((found - expected).norm() / expected.norm()).item()
     if not error <= MAX_ERROR:
@@ -176,7 +181,7 @@ def _step_alone(bench: Bench, batch_size: int, num_steps: int) -> tuple[list[flo
     starts, finishes, steps = [], [], []
     for i, batch in enumerate(bench.decode(batch_size, WARM_UP + num_steps)):
         began_s = time.perf_counter()
-        in_flight = bench.runner.start(batch, bench.exchange(batch))
+        in_flight = bench.start(batch)
         started_s = time.perf_counter()
         bench.platform.synchronize()
         waited_s = time.perf_counter()
@@ -194,11 +199,11 @@ def _step_overlapped(bench: Bench, batch_size: int, num_steps: int) -> tuple[flo
     batches = bench.decode(batch_size, WARM_UP + num_steps)
     finish = bench.finish or bench.runner.finish
     starts, finishes = [], []
-    in_flight = bench.runner.start(batches[0], bench.exchange(batches[0]))
+    in_flight = bench.start(batches[0])
     first_s = 0.0
     for i, batch in enumerate(batches[1:], start=1):
         began_s = time.perf_counter()
-        following = bench.runner.start(batch, bench.exchange(batch))
+        following = bench.start(batch)
         started_s = time.perf_counter()
         finish(in_flight)
         finished_s = time.perf_counter()

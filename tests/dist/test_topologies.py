@@ -34,8 +34,12 @@ def test_topology_gives_the_tokens_of_one_rank(topology: Topology) -> None:
     result = run_topology(topology)
     modes = {way.way.ep_mode for way in result.ways}
     assert len(modes) == (3 if topology.num_ranks > 1 else 1)
-    assert len(result.ways) == len(modes) * (1 + 2 * (2 if topology.dp_size > 1 else 1))
-    assert sum(way.way.is_async for way in result.ways) == len(modes)
+    recorded = [way for way in result.ways if way.way.is_recorded]
+    num_balances = 2 if topology.dp_size > 1 else 1
+    assert len(result.ways) - len(recorded) == len(modes) * (1 + 2 * num_balances)
+    assert len(recorded) == 1 + num_balances and {way.num_replays > 0 for way in recorded} == {True}
+    assert sum(way.way.is_async for way in result.ways) == len(modes) + 1
+    assert not any(way.num_replays for way in result.ways if not way.way.is_recorded)
     for way in result.ways:
         assert way.num_equal == way.num_tokens == len(PROMPT_LENGTHS) * NUM_TOKENS, way
         assert way.passed, way
@@ -44,7 +48,7 @@ def test_topology_gives_the_tokens_of_one_rank(topology: Topology) -> None:
 @pytest.mark.parametrize(("name", "topology"), ROUNDED, ids=lambda value: getattr(value, "name", value))
 def test_topology_gives_the_tokens_of_one_rank_in_another_format(name: str, topology: Topology, tmp_path: Path) -> None:
     result = run_topology(topology, name, tmp_path)
-    assert result.number_format == name and len(result.ways) == 3 * (2 * 2 + 1)
+    assert result.number_format == name and len(result.ways) == 3 * (2 * 2 + 1) + 3
     for way in result.ways:
         assert way.tolerance == (W8A8_SLICES if (name, topology.tp_size) == ("w8a8", 2) else ROUNDINGS)
         assert way.passed, way

@@ -116,7 +116,7 @@ class LossInPhase:
 )
 def test_rank_lost_in_a_start_up_phase_is_named(blow: signal.Signals, limit_s: float, tmp_path: Path) -> None:
     """Phases' own deadlines are far off: two minutes, and an hour for the weights. All at once, for most is waiting."""
-    phases = ("fingerprints", "groups", "self-test", "weights", "cache")
+    phases = ("fingerprints", "groups", "self-test", "weights", "workspace", "cache", "graphs")
     losses = [LossInPhase(tmp_path, phase, blow) for phase in phases]
     try:
         for loss in losses:
@@ -156,6 +156,29 @@ def test_rank_that_stays_away_from_a_collective_is_named(tmp_path: Path) -> None
     ]
     assert records[3]["label"] == "step 3"
     assert records[3]["bytes"] == 24
+
+
+def test_rank_that_stays_away_from_a_replay_is_named_by_all_that_wait(tmp_path: Path) -> None:
+    """A graph's collectives are no records of their own: the replay is one of the whole world."""
+    processes = RankProcesses.start(rank_entries.skip_a_replay, spec(tmp_path))
+    failure = processes.wait(60.0)
+    processes.close(grace_s=0)
+    assert failure is not None and failure.ranks == (3,)
+    label = "decode steps of up to 4 x 64 tokens"
+    expected = (
+        f"on axis world ({label}): arrived: ranks 0-2; not arrived: rank 3 (last replay #3 ({label}))"
+    )
+    assert "replay #4" in failure.text and expected in failure.text
+    found = reports(tmp_path)
+    assert all(expected in " ".join(found[rank]) for rank in (0, 1, 2))
+    records = json.loads((tmp_path / "rank-0.json").read_text())["collectives"]
+    assert [(record["axis"], record["op"], record["finished"]) for record in records] == [
+        ("tp", "all_reduce", True),
+        ("world", "all_reduce", True),
+        ("world", "replay", True),
+        ("world", "replay", True),
+        ("world", "replay", False),
+    ]
 
 
 def test_rank_stopped_before_the_ranks_have_met_is_named(tmp_path: Path) -> None:

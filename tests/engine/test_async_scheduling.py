@@ -106,7 +106,7 @@ def test_steps_overlap_and_only_then(llms: tuple[LLM, LLM], monkeypatch: pytest.
         runner = llm.engine.runner
         start, finish = runner.start, runner.finish
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "start", lambda batch, f=start, e=events: (e.append("S"), f(batch))[1])
+            patch.setattr(runner, "start", lambda batch, recording, f=start, e=events: (e.append("S"), f(batch))[1])
             patch.setattr(runner, "finish", lambda step, f=finish, e=events: (e.append("F"), f(step))[1])
             llm.generate([[5, 6, 7]], dataclasses.replace(GREEDY, max_tokens=3))
         assert "".join(events) == expected

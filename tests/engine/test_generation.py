@@ -183,11 +183,11 @@ def test_leaving_a_stream_early_ends_its_request(llm: LLM) -> None:
 def test_an_interrupted_call_leaves_a_usable_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     start, calls = llm.engine.runner.start, []
 
-    def interrupted(batch: object) -> object:
+    def interrupted(batch: object, **settings: object) -> object:
         calls.append(batch)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return start(batch)  # type: ignore[arg-type]
+        return start(batch, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(llm.engine.runner, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):

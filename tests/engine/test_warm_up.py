@@ -64,7 +64,7 @@ class Trials:
             trials,
             block_size=BLOCK_SIZE,
             vocab_size=self.config.vocab_size,
-            plan_exchange=plan_exchange,
+            exchange_of=plan_exchange,
         )
         return set(self.launches.keys)
 
@@ -153,7 +153,7 @@ def test_the_warm_up_runs_every_trial_on_a_cpu_too() -> None:
         trials,
         block_size=64,
         vocab_size=100,
-        plan_exchange=lambda _: SINGLE_RANK_PLAN,
+        exchange_of=lambda _: SINGLE_RANK_PLAN,
         on_trial=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(i + 1, len(trials)) for i in range(len(trials))]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 
 from argosy.distributed.launcher import Failure, RankProcesses
@@ -17,12 +18,14 @@ from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import LaunchSpec, RankContext
 from argosy.distributed.startup import StartupPhases
-from argosy.engine.worker import run_worker
+from argosy.engine.worker import RankSettings, RankWorker, run_worker
+from argosy.platforms import MemoryInfo
 from argosy.platforms.cpu import CpuPlatform
 
 TIMEOUT_S = 3.0  # of collectives, in tests
 SLOW_S = 2.5
 LAYOUT = ParallelLayout(dp_size=2, tp_size=2)
+CARD_BYTES, CARD_STEP_BYTES = 3 * 2**29, 2**20
 
 
 def connect(context: RankContext) -> ParallelMesh:
@@ -87,6 +90,25 @@ def skip_a_collective(context: RankContext) -> None:
         if context.rank == 3 and step == 3:
             time.sleep(1000)
         mesh.world.named(f"step {step}").all_reduce(torch.ones(4))
+
+
+def skip_a_replay(context: RankContext) -> None:
+    """Rank 3 stays away from the third replay of a step whose tp collective its neighbour alone would miss it in."""
+    mesh = connect(context)
+    tp, world = mesh.tp.named("layer 0 attention"), mesh.world
+
+    def step() -> torch.Tensor:
+        return world.all_reduce(tp.all_reduce(torch.ones(4)))
+
+    step()
+    platform = CpuPlatform()
+    with world.taping() as tape:
+        graph = platform.capture(step, platform.new_graph_pool())
+    recorded = world.named("decode steps of up to 4 x 64 tokens")
+    for i in range(5):
+        if context.rank == 3 and i == 2:
+            time.sleep(1000)
+        recorded.replay(tape, graph.replay, platform.mark)
 
 
 def fail_on_rank_1(context: RankContext) -> None:
@@ -160,3 +182,35 @@ def is_alive(pid: int) -> bool:
 def is_port_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+class PretendedCard(CpuPlatform):
+    """A CPU that says it is a card: it has memory, counts what tensors take, and finds recordings worth their while."""
+
+    device_type = "card"
+
+    def __init__(self, free_bytes: int, step_bytes: int, *, records_steps: bool) -> None:
+        self.records_steps = records_steps  # type: ignore[misc]
+        self._free_bytes, self._step_bytes = free_bytes, step_bytes
+        self._num_asked = 0  # since the last reset
+
+    def reset_peak(self) -> None:
+        self._num_asked = 0
+
+    def memory_info(self) -> MemoryInfo:
+        return MemoryInfo(free_bytes=self._free_bytes, total_bytes=CARD_BYTES)
+
+    def peak_bytes(self) -> int | None:
+        self._num_asked += 1
+        return CARD_STEP_BYTES if self._num_asked == 1 else CARD_STEP_BYTES + self._step_bytes
+
+
+def set_up_on_cards(poor_rank: int, eager_rank: int, context: RankContext) -> None:
+    """Steps of ``poor_rank`` take more than others', and ``eager_rank`` cannot record."""
+    worker = RankWorker(context, msgspec.msgpack.decode(context.payload, type=RankSettings))
+    step_bytes = CARD_STEP_BYTES * (3 if context.rank == poor_rank else 1)
+    worker._platform = PretendedCard(CARD_BYTES // 2, step_bytes, records_steps=context.rank != eager_rank)
+    runner = worker.set_up()
+    num_graphs = 0 if runner.graphs is None else runner.graphs.num_graphs
+    sent = {axis: sorted(getattr(worker._mesh, axis).bytes_sent) for axis in ("tp", "ep")}
+    context.store.set(f"result/{context.rank}", json.dumps([runner.cache.num_blocks, num_graphs, sent]))

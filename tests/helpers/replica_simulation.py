@@ -39,6 +39,8 @@ class FakeRanks:
     def start(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         assert batch.num_in_flight == len(self._in_flight)
         assert agreement.has_work and agreement.num_tokens[self.dp_rank] == batch.num_tokens
+        if agreement.recording is not None:
+            assert 0 < batch.decode_length <= agreement.recording.length and len(batch.rows) <= agreement.recording.size
         self.agreements.append(agreement)
         self._salts.update({request.request_id: None for request in batch.admitted})
         self._in_flight.append(self._runner.execute(batch, self._salts, {}))

@@ -1,5 +1,6 @@
 """The equality table as a user sees it: what is shown, and when it fails. Rows are made by hand."""
 
+import dataclasses
 import io
 from collections.abc import Iterator
 
@@ -77,6 +78,13 @@ def test_formats_are_those_that_can_be_built() -> None:
     assert FORMATS == NAMES
     with pytest.raises(ValueError, match="--formats takes some of stored, w8a8, int8_cache, fp8_cache, got int4"):
         ValidateOptions(topologies=True, formats=("stored", "int4"))
+
+
+def test_a_recorded_way_that_replayed_nothing_is_no_success() -> None:
+    recorded = dataclasses.replace(result(), way=Way("low_latency", True, True, is_recorded=True))
+    exit_code, shown = show(row(recorded))
+    assert exit_code == EXIT_FAILED and "low_latency, chunked, balanced, recorded: 60 of 60" in shown.replace("\n", " ")
+    assert show(row(dataclasses.replace(recorded, num_replays=1)))[0] == EXIT_OK
 
 
 def test_nothing_compared_is_no_success() -> None:

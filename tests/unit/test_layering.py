@@ -50,6 +50,7 @@ PURE_MODULES = (
     "argosy.cache.block_manager",
     "argosy.distributed.layout",
     "argosy.distributed.dp_coord",
+    "argosy.distributed.recordings",
 )
 PURE_PACKAGES = ("argosy.cli",)  # functions may import torch there; the modules may not
 

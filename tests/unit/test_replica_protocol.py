@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.distributed.dp_coord import ExchangePolicy
+from argosy.distributed.recordings import RecordingTable
 from argosy.engine.replica_client import ReplicasClient
 from argosy.engine.replica_messages import AddRequest, UpdateSettings, Wake
 from argosy.messages import FinishReason
@@ -14,7 +15,8 @@ from argosy.sampling_params import SamplingParams
 from tests.helpers.replica_simulation import BLOCK_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, SimulatedLink
 from tests.helpers.scheduler_simulation import generate_alone
 
-POLICY = ExchangePolicy("auto", 4, 1)
+RECORDINGS = RecordingTable((1, 2, 3), (8, 30), ("low_latency",) * 3)
+POLICY = ExchangePolicy("auto", 4, 1, RECORDINGS)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -129,6 +131,25 @@ def test_settings_change_for_all_replicas_at_once_between_requests(seed: int, nu
         assert start < stop and all(each.mode == mode for each in agreements[start:stop])
     assert max(max(each.num_tokens) for each in agreements) <= 7
     assert all(ranks.agreements == agreements for ranks in link.ranks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, async_scheduling=st.booleans())
+def test_decode_steps_are_replayed_until_they_are_to_be_eager(seed: int, async_scheduling: bool) -> None:
+    rng = random.Random(seed)
+    client, link = _build(2, rng, async_scheduling)
+    user = _User(client, rng)
+    num_replayed = []
+    for is_eager in (None, True, False):
+        client.update_settings(UpdateSettings(enforce_eager=is_eager, ep_mode="low_latency"))
+        start = len(link.ranks[0].agreements)
+        for _ in range(4):
+            user.add(None)
+        user.run_to_the_end()
+        num_replayed.append(sum(each.recording is not None for each in link.ranks[0].agreements[start:]))
+    client.close()
+    assert num_replayed[0] > 0 and num_replayed[1] == 0 and num_replayed[2] > 0
+    assert link.ranks[0].agreements == link.ranks[1].agreements
 
 
 def test_idle_replicas_take_dummy_steps_with_the_busy_one() -> None:

@@ -6,6 +6,7 @@ import zmq
 
 from argosy.config import EngineConfig
 from argosy.distributed.dp_coord import StepAgreement
+from argosy.distributed.recordings import RecordingKey
 from argosy.engine.meeting_points import DriverHub, LeaderSpoke
 from argosy.engine.replica_messages import AddRequest, Command, Idle, PlanMessage, Report, StepPlan, Wake
 from argosy.engine.wire import Hub, Spoke
@@ -52,7 +53,7 @@ def test_every_message_equals_itself_on_the_other_side() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(add), type=Command) == add  # type: ignore[arg-type]
     admitted = AdmittedRequest(0, "r", [1, 2], 2, 0, [5], PARAMS)
     batch = ScheduledBatch(3, [0, 1], [0, 4], [2, 1], [admitted], [(1, [7])], 3)
-    plan = StepPlan(StepAgreement(3, True, (3, 1), 2, "low_latency"), batch)
+    plan = StepPlan(StepAgreement(3, True, (3, 1), 2, "low_latency", RecordingKey(4, 2048)), batch)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=PlanMessage) == plan  # type: ignore[arg-type]
     config = EngineConfig(dp_size=2, tp_size=4, ep_mode="all_gather")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config

@@ -179,9 +179,10 @@ class DeepseekV32Model(nn.Module):
         """The first layers, up to one of each kind: the others run the same operations on the same shapes."""
         return self._num_distinct_layers
 
-    def take_rows(self, hidden_states: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """What ``forward`` returned -> the rows to sample, on every rank of tp: [N, D]. Collective over tp."""
-        return self._slices.take_rows(hidden_states, batch.logits_indices, batch.num_tokens)
+    def take_rows(self, hidden_states: torch.Tensor, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """What ``forward`` returned for ``num_tokens`` tokens, ``rows: [N]`` int64 -> these rows on every rank of tp:
+        [N, D]. Collective over tp."""
+        return self._slices.take_rows(hidden_states, rows, num_tokens)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``hidden_states: [N, D]`` -> logits [N, vocab_size] float32, equal on all ranks of tp. Collective over tp."""
