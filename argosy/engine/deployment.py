@@ -27,8 +27,8 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.worker import RankSettings, run_worker
 from argosy.models.deepseek.config import ModelConfig
 
-# Rendezvous, fingerprints, groups, self-test, cache, sockets; and the long ones: weights, workspace, kernels, graphs. Each
-# is bounded on the ranks, which can say who is missing, so this is for ranks that say nothing at all.
+# Rendezvous, fingerprints, groups, self-test, cache, sockets; and the long ones: weights, workspace, kernels, graphs.
+# Each is bounded on the ranks, which can say who is missing, so this is for ranks that say nothing at all.
 _NUM_PHASES = 6
 _NUM_LONG_PHASES = 4
 _POLL_S = 0.1

@@ -12,7 +12,7 @@ import torch
 from argosy.kernels import reference, reference_cache_rows
 from argosy.kernels.reference_cache_rows import FP8, INT8, NumberFormat
 from argosy.kernels.triton import topk
-from argosy.kernels.triton.index_scores import Tile, index_scores_paged, index_scores_paged_encoded
+from argosy.kernels.triton.index_scores import MANY_TILES, Tile, index_scores_paged, index_scores_paged_encoded
 from argosy.kernels.triton.topk import select_topk_mask, select_topk_slots
 from benchmarks.gpu.measure import Case, relative_error
 
@@ -20,11 +20,11 @@ DEVICE = "cuda"
 HEADS, DIM, TOPK, BLOCK_SIZE, MAX_SEQ_LEN = 64, 128, 2048, 64, 163840
 FORMATS: dict[str, NumberFormat | None] = {"int8": INT8, "fp8": FP8, "bf16": None}
 DECODES = ((1, 4096), (16, 4096), (64, 4096), (128, 4096), (256, 4096), (1, 163840))  # requests, keys of each
-PREFILLS = ((4096, 4096), (16384, 16384), (4096, 65536))  # tokens, keys that the last one sees
+PREFILLS = ((4096, 4096), (8192, 8192), (8192, 16384), (4096, 65536))  # tokens, keys that the last one sees
 # Tiles of prefill to set beside the chosen one, by the bytes of a number.
 OTHER_TILES = {
-    1: (Tile(128, 32, 3, 4), Tile(128, 32, 3, 8), Tile(256, 64, 4, 8)),
-    2: (Tile(128, 32, 3, 4), Tile(128, 32, 3, 8)),
+    1: (MANY_TILES[1], *(Tile(256, tokens, 8, 4, is_hopper=True) for tokens in (32, 128))),
+    2: (MANY_TILES[2], *(Tile(256, tokens, 6, 4, is_hopper=True) for tokens in (32, 128))),
 }
 # Rows, visible scores of each, the room that each has.
 CHOICES = (
@@ -107,6 +107,7 @@ def _score_case(
     if phase == "prefill":
         for tile in OTHER_TILES[2 if numbers is None else 1]:
             name = f"{tile.block_keys}/{tile.block_tokens}/{tile.num_stages}/{tile.num_warps}"
+            name += " by hand" if tile.is_hopper else " by Triton"
             alternatives[name] = partial(run, *arguments, tile=tile)
     key_bytes = cache.shape[2] * cache.element_size()
     return Case(

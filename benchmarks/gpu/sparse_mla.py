@@ -4,6 +4,7 @@ Operations are those of both products over all K slots; the bytes are each chose
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,8 +12,10 @@ import torch
 from argosy.kernels import reference, reference_cache_rows
 from argosy.kernels.reference_cache_rows import FP8, INT8, LatentRowLayout, NumberFormat, decode_latent, encode_latent
 from argosy.kernels.triton.sparse_mla import (
+    HOPPER_TILE,
     PORTABLE_ENCODED_TILE,
     PORTABLE_TILE,
+    Tile,
     attend_sparse,
     attend_sparse_encoded,
 )
@@ -24,13 +27,15 @@ BLOCK_SIZE = 64
 SCALE = 0.1352  # (N + P)^-0.5 times YaRN's factor, squared
 DECODE_CONTEXT, PREFILL_CONTEXT = 4096, 16384
 MAX_ERROR = 8e-3  # bfloat16 results and weights, against float32
+MAX_TORCH_TOKENS = 2048
 CHECKED_TOKENS = 8  # at the start, and at the end
 
 
 def cases() -> Iterator[Case]:
     for num_tokens in (1, 16, 64, 128):
         yield _plain(num_tokens, "decode")
-    yield _plain(2048, "prefill")
+    for num_tokens in (2048, 8192):
+        yield _plain(num_tokens, "prefill")
     for name, numbers in (("int8", INT8), ("fp8", FP8)):
         yield _encoded(64, name, numbers)
 
@@ -54,6 +59,15 @@ def _plain(num_tokens: int, phase: Literal["decode", "prefill"]) -> Case:
     def run() -> torch.Tensor:
         return attend_sparse(query, cache, slots, RANK, SCALE)
 
+    def run_tile(tile: Tile) -> torch.Tensor:
+        return attend_sparse(query, cache, slots, RANK, SCALE, tile=tile)
+
+    alternatives: dict[str, Callable[[], object]] = {
+        "block by block": partial(run_tile, HOPPER_TILE),
+        "portable loop": partial(run_tile, PORTABLE_TILE),
+    }
+    if num_tokens <= MAX_TORCH_TOKENS:
+        alternatives["torch"] = lambda: reference.attend_sparse(query, cache, slots, RANK, SCALE)
     return Case(
         name=f"attend_sparse {phase}",
         rows=num_tokens,
@@ -61,10 +75,7 @@ def _plain(num_tokens: int, phase: Literal["decode", "prefill"]) -> Case:
         check=lambda: _check(run(), query, cache, slots),
         num_ops=_count_ops(num_tokens),
         num_bytes=_count_bytes(query, cache, slots),
-        alternatives={
-            "portable loop": lambda: attend_sparse(query, cache, slots, RANK, SCALE, tile=PORTABLE_TILE),
-            "torch": lambda: reference.attend_sparse(query, cache, slots, RANK, SCALE),
-        },
+        alternatives=alternatives,
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from tests.helpers.gluon_partitions import Descriptor, Partitions, spoil
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "int8", "int32", "int64")}
+DTYPES["uint32"] = torch.int64  # torch computes little with the other
 TRITON_DTYPES = {"fp32": torch.float32}
 
 
@@ -159,8 +160,9 @@ class _Language:
     program: int = 0
     programs: int = 1
     partitions: Partitions = field(default_factory=Partitions)
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    committed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    # Of a thread: begun and not committed, committed and not waited for.
+    copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    committed: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     products: dict[int, list[_Product]] = field(default_factory=dict)  # of a thread: begun and not waited for
 
     def start(self, program: int, programs: int) -> None:
@@ -181,10 +183,8 @@ class _Language:
     def layout(self, *_: object, **__: object) -> None:
         return None
 
-    BlockedLayout = SliceLayout = SwizzledSharedLayout = NVMMASharedLayout = NVMMADistributedLayout = (
-        DistributedLinearLayout
-    ) = layout
-    DotOperandLayout = layout
+    BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = DistributedLinearLayout = layout
+    DotOperandLayout = SwizzledSharedLayout = layout
 
     def program_id(self, axis: int) -> torch.Tensor:
         assert axis == 0
@@ -243,6 +243,9 @@ class _Language:
     def sum(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         return x.sum(axis)
 
+    def min(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.amin(axis)
+
     abs = staticmethod(torch.abs)
     div_rn = staticmethod(torch.div)
     exp2 = staticmethod(torch.exp2)
@@ -276,17 +279,16 @@ class _Language:
         values = self.load(pointer, mask, 0.0)
         assert values.shape == shared.values.shape
         shared.values.fill_(float("nan"))
-        self.copies.append((shared.values, values))
+        self.copies.setdefault(threading.get_ident(), []).append((shared.values, values))
 
     def commit_group(self) -> None:
-        self.committed += self.copies
-        self.copies.clear()
+        copies = self.copies.pop(threading.get_ident(), [])
+        self.committed.setdefault(threading.get_ident(), []).extend(copies)
 
     def wait_group(self, num_outstanding: int) -> None:
         assert num_outstanding == 0
-        for target, values in self.committed:
+        for target, values in self.committed.pop(threading.get_ident(), []):
             target.copy_(values)
-        self.committed.clear()
 
     def fence_async_shared(self) -> None:
         """Nothing to do: see the module's first lines."""

@@ -60,7 +60,7 @@ VISIBLE = (
 BLOCK_SIZE = 16 if IS_INTERPRETED else 64
 
 
-def draw(visible: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def draw(visible: tuple[tuple[int, ...], ...], dtype: torch.dtype, dim: int = DIM) -> tuple[torch.Tensor, ...]:
     """index_q, index_k [blocks, block_size, I], weights, a table wider than needed, num_visible, the longest length.
 
     Block 0 is what padded rows name; what is behind the visible keys is NaN.
@@ -70,12 +70,12 @@ def draw(visible: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> tuple[torc
     num_blocks = -(-longest // BLOCK_SIZE)
     table = torch.zeros(batch, num_blocks + 3, dtype=torch.int32)
     table[:, :num_blocks] = torch.randperm(batch * num_blocks).view(batch, num_blocks) + 1
-    cache = torch.randn(batch * num_blocks + 1, BLOCK_SIZE, DIM)
+    cache = torch.randn(batch * num_blocks + 1, BLOCK_SIZE, dim)
     for request, counts in enumerate(visible):
         if (last := max(counts)) < num_blocks * BLOCK_SIZE:
             cache[table[request, last // BLOCK_SIZE], last % BLOCK_SIZE :] = float("nan")
-    index_q = torch.randn(batch, num_tokens, HEADS, DIM)
-    weights = torch.randn(batch, num_tokens, HEADS) * (HEADS * DIM) ** -0.5
+    index_q = torch.randn(batch, num_tokens, HEADS, dim)
+    weights = torch.randn(batch, num_tokens, HEADS) * (HEADS * dim) ** -0.5
     num_visible = torch.tensor(visible, dtype=torch.int32)
     return tuple(x.to(DEVICE) for x in (index_q.to(dtype), cache.to(dtype), weights, table, num_visible))
 

@@ -4,8 +4,8 @@ On an NVIDIA card, or without one in Triton's interpreter, at small sizes:
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_sparse_mla_triton.py
 
-The loop that is written for Hopper alone runs in an interpreter of its own (``tests/helpers/gluon_interpreter.py``),
-and is compiled.
+The loops that are written for Hopper alone run in an interpreter of their own (``tests/helpers/gluon_interpreter.py``),
+and are compiled.
 """
 
 import os
@@ -147,6 +147,46 @@ def test_token_without_keys_gets_zeros(fused: ModuleType, tiles: dict[str, objec
 
 
 @needs_device
+@pytest.mark.parametrize("is_full", (True, False))
+@pytest.mark.parametrize("num_keys", (1, 64, 100, 128, 300))
+def test_pairs_of_blocks(fused: ModuleType, monkeypatch: pytest.MonkeyPatch, num_keys: int, is_full: bool) -> None:
+    """Half a pair, a pair and a part of the next; a block of heads that is not full; and a token without keys."""
+    rank, heads = (128, 70) if IS_INTERPRETED else (512, 100)
+    if IS_INTERPRETED:
+        module = load_interpreted("argosy.kernels.triton.sparse_mla_pairs")
+        monkeypatch.setattr(fused, "attend_in_pairs", module.attend_in_pairs)
+    monkeypatch.setattr(fused, "choose_num_shares", lambda *_: 1)
+    query, cache, slots = draw(3, heads, (rank, 64, num_keys), DTYPES[-1])
+    if not is_full:
+        slots[1, num_keys // 3 :: 2], slots[2] = -1, -1
+    cache.view(-1, rank + 64)[~torch.isin(torch.arange(cache.numel() // (rank + 64), device=DEVICE), slots)] = float(
+        "nan"
+    )
+    out = fused.attend_sparse(query, cache, slots, rank, SCALE, is_full=is_full, tile=fused.PAIRED_TILE)
+    expected = specify(query, cache.nan_to_num(), slots, rank)
+    expected[(slots < 0).all(dim=1)] = 0.0
+    assert_close(out, expected)
+
+
+@needs_device
+def test_pairs_of_blocks_follow_rising_scores(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block's scores are far above those before, or far below."""
+    rank = 128 if IS_INTERPRETED else 512
+    if IS_INTERPRETED:
+        module = load_interpreted("argosy.kernels.triton.sparse_mla_pairs")
+        monkeypatch.setattr(fused, "attend_in_pairs", module.attend_in_pairs)
+    monkeypatch.setattr(fused, "choose_num_shares", lambda *_: 1)
+    query, cache, _ = draw(2, 64, (rank, 64, 320), torch.float32)
+    slots = torch.arange(320, device=DEVICE).repeat(2, 1)
+    slots[1] = slots[1].flip(0)
+    query[:, :, -1] = 16.0
+    cache.view(-1, rank + 64)[:320, -1] = (torch.arange(320, device=DEVICE) // 64 - 2) * 4.0  # e^9 from block to block
+    query, cache = query.to(DTYPES[-1]), cache.to(DTYPES[-1])
+    out = fused.attend_sparse(query, cache, slots, rank, SCALE, is_full=True, tile=fused.PAIRED_TILE)
+    assert_close(out, specify(query, cache, slots, rank))
+
+
+@needs_device
 @pytest.mark.parametrize("num_shares", (1, 2, 4))
 def test_shares_of_keys_join_to_the_same(
     fused: ModuleType, tiles: dict[str, object], num_shares: int, monkeypatch: pytest.MonkeyPatch
@@ -193,8 +233,9 @@ def test_shapes_without_tiles_go_another_way(fused: ModuleType) -> None:
 def test_other_loop_and_tile_give_the_same(fused: ModuleType) -> None:
     dims, heads = DIMS[-1], HEADS[-1]
     query, cache, slots = draw(1 if IS_INTERPRETED else 64, heads, dims, DTYPES[-1])
-    out = fused.attend_sparse(query, cache, slots, dims[0], SCALE, tile=fused.PORTABLE_TILE)
-    assert_close(out, specify(query, cache, slots, dims[0]))
+    for tile in (fused.PORTABLE_TILE,) if IS_INTERPRETED else (fused.PORTABLE_TILE, fused.HOPPER_TILE):
+        out = fused.attend_sparse(query, cache, slots, dims[0], SCALE, tile=tile)
+        assert_close(out, specify(query, cache, slots, dims[0]))
 
 
 def test_shares_fill_the_card_while_tokens_are_few(fused: ModuleType) -> None:
@@ -202,6 +243,23 @@ def test_shares_fill_the_card_while_tokens_are_few(fused: ModuleType) -> None:
     assert chosen[1] >= 16 and chosen[16] == 4 and chosen[32] == 2
     assert chosen[64] == chosen[128] == chosen[2048] == 1
     assert fused.choose_num_shares(1, 1, 1, 132) == 1
+
+
+def test_loop_in_pairs_compiles() -> None:
+    """It fits into shared memory, no group computes the other's scores, and copies are of 16 bytes."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    from tests.helpers.compiled.sparse_mla import PAIRED_KERNELS, compile_for_hopper
+
+    for kernel in PAIRED_KERNELS:
+        ptx, shared_bytes = compile_for_hopper(kernel)
+        assert shared_bytes <= SHARED_BYTES, kernel.label
+        for instruction in kernel.instructions:
+            assert instruction in ptx, (kernel.label, instruction)
+        assert ptx.count("wgmma.mma_async.sync.aligned.m64n64k16") == 2 * 36, kernel.label
+        assert ptx.count("wgmma.mma_async.sync.aligned.m64n256k16") == 4 * 4, kernel.label
+        assert "cp.async.ca" not in ptx, kernel.label
 
 
 def test_loop_for_hopper_compiles() -> None:

@@ -2,8 +2,8 @@
 
 Keys take the tensor instruction's long side and the heads of one token its other one, so that the sum over heads stays
 within four threads. Few tokens: programs share all tiles of visible keys evenly, and a program keeps a token's query.
-Many tokens: a program keeps a tile of keys, and queries stream past it. Invariant: what the host does not know, how
-many keys are visible, decides how much is done.
+Many tokens: a program keeps a tile of keys, and queries stream past it; on Hopper cards that is done by
+``index_scores_hopper.py``. Invariant: what the host does not know, how many keys are visible, decides how much is done.
 
 Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, S keys of one sequence.
 """
@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
-from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton import index_scores_hopper
+from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
 from argosy.kernels.triton.quantize import ROUNDER
 
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
@@ -37,6 +41,7 @@ class Tile:
     num_stages: int
     num_warps: int
     programs: int = 0
+    is_hopper: bool = False  # the loop that is written out by hand
 
 
 # By the bytes of a number: for few tokens, then for many. Not measured yet: what fits without spilling, thrice and
@@ -53,6 +58,14 @@ MANY_TILES = {
 }
 # What differs from step to step: it would only compile the kernels anew.
 STEP_ARGUMENTS = ["block_table", "num_visible", "num_rows", "num_tokens", "max_seq_len", "table_stride"]
+# In place of these on Hopper cards: buffers for queries, and the warps of the first of two groups. Not measured yet.
+HOPPER = 90  # what the driver calls it
+HOPPER_TILES = {
+    1: Tile(256, 64, 8, 4, is_hopper=True),
+    2: Tile(256, 64, 6, 4, is_hopper=True),
+}
+HOPPER_MAX_HEADS = 64  # products of two tokens and a tile's keys stay in registers
+HOPPER_KEY_BYTES = (128, 256)  # whole rows of shared memory, as it is swizzled; in registers too
 MIN_ROWS = 16  # fewer would only compile the kernel anew
 QUANTIZED_ROWS = 128  # queries that one program rotates
 
@@ -123,6 +136,17 @@ def quantize_queries(
     return query, weights
 
 
+def choose_tile(query: torch.Tensor, *, is_few: bool) -> Tile:
+    """``query: [B, T, J, I]``, in the numbers that are multiplied."""
+    heads, dim = query.shape[2:]
+    has_room = heads <= HOPPER_MAX_HEADS and dim * query.element_size() in HOPPER_KEY_BYTES
+    if is_few:
+        return FEW_TILES[query.element_size()]
+    if query.element_size() in HOPPER_TILES and has_room and query.is_cuda and capability() == HOPPER:
+        return HOPPER_TILES[query.element_size()]
+    return MANY_TILES[query.element_size()]
+
+
 def _score(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -145,7 +169,7 @@ def _score(
     assert keys.numel() < 2**31, f"{keys.shape}: places of numbers in the cache are counted in 32 bits"
     num_rows = batch * num_tokens
     is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
-    tile = tile or (FEW_TILES if is_few else MANY_TILES)[query.element_size()]
+    tile = tile or choose_tile(query, is_few=is_few)
     inputs = (keys, keys if scales is None else scales, weights.contiguous(), block_table, num_visible.contiguous())
     lengths = (num_rows, num_tokens, max_seq_len, block_table.stride(0), padded)
     constants = {
@@ -159,19 +183,59 @@ def _score(
         "num_stages": tile.num_stages,
     }
     query = query.contiguous()
-    if is_few:
+    if is_few and not tile.is_hopper:
         num_programs = INTERPRETED_PROGRAMS
         if query.is_cuda:
             num_programs = tile.programs * count_multiprocessors(query.device.index)
         _score_keys_kernel[(num_programs,)](
             query, *inputs, out, *lengths, NUM_ROWS=max(MIN_ROWS, triton.next_power_of_2(num_rows)), **constants
         )
+    elif tile.is_hopper:
+        _launch_on_hopper(query, *inputs, out, max_seq_len, scales is not None, tile)
     else:
         block_tokens = tile.block_tokens
         queries = TensorDescriptor(query, [num_rows * heads, dim], [dim, 1], [heads, dim])
         grid = (triton.cdiv(max_seq_len, tile.block_keys), triton.cdiv(num_tokens, block_tokens), batch)
         _score_tokens_kernel[grid](queries, *inputs, out, *lengths, BLOCK_TOKENS=block_tokens, **constants)
     return scores
+
+
+def _launch_on_hopper(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scales: torch.Tensor,
+    weights: torch.Tensor,
+    block_table: torch.Tensor,
+    num_visible: torch.Tensor,
+    out: torch.Tensor,
+    max_seq_len: int,
+    has_scales: bool,
+    tile: Tile,
+) -> None:
+    assert tile.block_keys == index_scores_hopper.BLOCK_KEYS.value
+    batch, num_tokens, heads, dim = query.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * query.element_size(), rank=2)
+    grid = (triton.cdiv(max_seq_len, tile.block_keys) * triton.cdiv(num_tokens, tile.block_tokens) * batch,)
+    score_tokens_on_hopper[grid](
+        HopperDescriptor.from_tensor(query.view(-1, dim), [heads, dim], layout),
+        keys,
+        scales,
+        weights,
+        block_table,
+        num_visible,
+        out,
+        num_tokens,
+        max_seq_len,
+        block_table.stride(0),
+        out.stride(1),
+        BLOCK_SIZE=keys.shape[1],
+        KEY_STRIDE=keys.shape[2],
+        NUMBER_BYTES=query.element_size(),
+        HAS_SCALES=has_scales,
+        BLOCK_TOKENS=tile.block_tokens,
+        NUM_STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 A program takes a block of heads of one token, and a share of the token's keys. It gathers the keys' rows into shared
 memory once, for both products: scores with all of a row, sums with its first R numbers. The softmax is computed along
 the way, in float32. Where tokens are few, each one's keys are split over programs, and a second kernel joins the parts.
+On Hopper cards the loops of ``sparse_mla_hopper.py`` and ``sparse_mla_pairs.py`` take this one's place.
 Invariant: a token's result depends on its own query, slots and rows; keys that are -1 count for nothing, a token that
 has no others gets zeros.
 
@@ -21,6 +22,7 @@ from argosy.kernels import reference, reference_cache_rows
 from argosy.kernels.reference_cache_rows import LatentRowLayout
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.sparse_mla_hopper import attend_on_hopper
+from argosy.kernels.triton.sparse_mla_pairs import attend_in_pairs
 
 INTERPRETED_MULTIPROCESSORS = 8
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # below every score, and finite: two of them can be subtracted
@@ -41,13 +43,18 @@ class Tile:
     num_stages: int
     num_warps: int
     is_hopper: bool = False  # the kernel whose loop is written out by hand
+    is_paired: bool = False  # the other such kernel, where tokens are not split and rows are plain
 
 
 # By what the rows are, then by the number of heads: the first entry that is not below it. Not measured yet.
 HOPPER = 90  # the capability that the written-out loop is made for
 HOPPER_MIN_WIDTH = 64  # of latent and rope parts: 128 bytes, which the loop's shared memory is swizzled by
-PLAIN_TILES = ((16, Tile(16, 64, 5, 8)), (math.inf, Tile(64, 64, 1, 8, is_hopper=True)))
-ENCODED_TILES = ((16, Tile(16, 64, 3, 8)), (math.inf, Tile(64, 64, 1, 8, is_hopper=True)))
+HOPPER_TILE = Tile(64, 64, 1, 8, is_hopper=True)
+PAIRED_TILE = Tile(64, 64, 1, 8, is_hopper=True, is_paired=True)
+PAIRED_ROPE_DIM, PAIRED_RANKS = 64, range(128, 513)  # weights take the ropes' place; shared memory
+PAIRED_WARPS = 4  # of the first of two groups; the kernel adds the other's and those that gather
+PLAIN_TILES = ((16, Tile(16, 64, 5, 8)), (math.inf, PAIRED_TILE))  # or HOPPER_TILE, where that turns out faster
+ENCODED_TILES = ((16, Tile(16, 64, 3, 8)), (math.inf, HOPPER_TILE))
 FLOAT32_TILE = Tile(16, 16, 1, 8)  # twice the bytes, and no tensor instruction
 # What takes the place of a hand-written loop where there is none: Triton's interpreter, other shapes, comparisons.
 PORTABLE_TILE = Tile(64, 64, 3, 8)
@@ -128,6 +135,8 @@ def choose_tile(query: torch.Tensor, rank: int, *, is_encoded: bool) -> Tile:
     has_whole_swizzles = min(rank, query.shape[2] - rank) >= HOPPER_MIN_WIDTH
     if tile.is_hopper and not (has_whole_swizzles and query.is_cuda and capability() == HOPPER):
         return PORTABLE_ENCODED_TILE if is_encoded else PORTABLE_TILE
+    if tile.is_paired and not (rank in PAIRED_RANKS and query.shape[2] - rank == PAIRED_ROPE_DIM):
+        return HOPPER_TILE
     return tile
 
 
@@ -159,6 +168,9 @@ def _attend(
     num_head_blocks, num_key_blocks = triton.cdiv(heads, tile.block_heads), triton.cdiv(num_keys, tile.block_keys)
     multiprocessors = count_multiprocessors(query.device.index) if query.is_cuda else INTERPRETED_MULTIPROCESSORS
     num_shares = choose_num_shares(num_tokens, num_head_blocks, num_key_blocks, multiprocessors)
+    if tile.is_paired and num_shares == 1:
+        _launch_in_pairs(query, rows, topk_slots, out, softmax_scale, is_full)
+        return out
     share_keys = triton.cdiv(num_key_blocks, num_shares) * tile.block_keys
     parts, part_sums = out, out  # a launch needs a pointer
     if num_shares > 1:
@@ -196,6 +208,34 @@ def _attend(
     if num_shares > 1:
         _join_kernel[(num_tokens, heads)](parts, part_sums, out, heads, R=rows.rank, NUM_SHARES=num_shares)
     return out
+
+
+def _launch_in_pairs(
+    query: torch.Tensor,
+    rows: _Rows,
+    topk_slots: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    is_full: bool,
+) -> None:
+    num_tokens, heads, _ = query.shape
+    attend_in_pairs[(num_tokens * triton.cdiv(heads, PAIRED_TILE.block_heads),)](
+        query,
+        rows.numbers,
+        topk_slots,
+        out,
+        softmax_scale * math.log2(math.e),
+        heads,
+        topk_slots.shape[1],
+        topk_slots.stride(0),
+        query.stride(0),
+        query.stride(1),
+        R=rows.rank,
+        WIDTH=rows.width,
+        NUM_PLACES=triton.next_power_of_2(topk_slots.shape[1]),
+        IS_FULL=is_full,
+        num_warps=PAIRED_WARPS,
+    )
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_shares"])

@@ -61,9 +61,9 @@ GATED_TILES = (
     Tile(64, 64, 128, 5, 4, True),
 )
 GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
-# On a Hopper card, for experts that usually get more rows than these. Measured on an H200, in one run of a model, without
-# queues: dense linears of 4,096 rows 1,460 to 1,625 TOP/s; 256 experts 685 with 128 rows on average, 800 with 256. With
-# queues not measured yet.
+# On a Hopper card, for experts that usually get more rows than these. Measured on an H200, in one run of a model,
+# without queues: dense linears of 4,096 rows 1,460 to 1,625 TOP/s; 256 experts 685 with 128 rows on average, 800 with
+# 256. With queues not measured yet.
 HOPPER_ROWS = 44
 HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
 HOPPER_GATED_TILE = HopperTile()

@@ -1,5 +1,5 @@
-from argosy.kernels.triton.index_scores import FEW_TILES, MANY_TILES, MIN_ROWS, QUANTIZED_ROWS
-from tests.helpers.compiled import Kernel
+from argosy.kernels.triton.index_scores import FEW_TILES, HOPPER_TILES, MANY_TILES, MIN_ROWS, QUANTIZED_ROWS
+from tests.helpers.compiled import SM_90, Kernel
 
 HEADS, DIM, BLOCK_SIZE = 64, 128, 64
 LENGTHS = {"num_rows": "i32", "num_tokens": "i32", "max_seq_len": "i32", "table_stride": "i32", "out_stride": "i32"}
@@ -52,3 +52,49 @@ KERNELS = (
     quantize_queries("i8", 127.0),
     quantize_queries("fp8e4nv", 448.0),
 )
+
+
+def score_on_hopper(number: str, product: str, num_bytes: int) -> Kernel:
+    tile = HOPPER_TILES[num_bytes]
+    return Kernel(
+        "index_scores_hopper.score_tokens_on_hopper",
+        {"keys": f"*{number}", "scales": "*fp32" if num_bytes == 1 else f"*{number}", "weights": "*fp32"}
+        | {"block_table": "*i32", "num_visible": "*i32", "out": "*fp32"}
+        | {name: kind for name, kind in LENGTHS.items() if name != "num_rows"},
+        {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if num_bytes == 1 else DIM, "HAS_SCALES": num_bytes == 1}
+        | {"NUMBER_BYTES": num_bytes, "BLOCK_TOKENS": tile.block_tokens, "NUM_STAGES": tile.num_stages},
+        num_warps=tile.num_warps,
+        instructions=("wgmma.mma_async.sync.aligned.m64n64", product, "cp.async.bulk.tensor.2d"),
+        label=number,
+    )
+
+
+# Not Triton's but Gluon's: compiled by a test of their own.
+HOPPER_KERNELS = tuple(score_on_hopper(*numbers) for numbers in FORMATS)
+
+
+def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
+    """PTX of one of ``HOPPER_KERNELS``, and the bytes of shared memory that it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
+
+    names = score_tokens_on_hopper.arg_names
+    bits = 8 * int(kernel.constants["NUMBER_BYTES"])
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    arguments = {**kernel.arguments, "queries": f"tensordesc<{kernel.label}[{HEADS}, {DIM}],{layout!r}>"}
+    assert set(names) == {*arguments, *kernel.constants}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, argument in enumerate(names)
+        if arguments.get(argument, "").startswith("*") or argument in kernel.multiples_of_16
+    }
+    signature = {argument: arguments.get(argument, "constexpr") for argument in names}
+    constants = {(names.index(argument),): value for argument, value in kernel.constants.items()}
+    source = GluonASTSource(score_tokens_on_hopper, signature, constants, attributes)
+    options = {"num_warps": kernel.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", SM_90, 32), options=options)
+    return compiled.asm["ptx"], compiled.metadata.shared

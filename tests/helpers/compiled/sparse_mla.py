@@ -1,6 +1,10 @@
+from importlib import import_module
+
 from argosy.kernels.triton.sparse_mla import (
     ENCODED_TILES,
     FLOAT32_TILE,
+    HOPPER_TILE,
+    PAIRED_WARPS,
     PLAIN_TILES,
     PORTABLE_ENCODED_TILE,
     PORTABLE_TILE,
@@ -46,8 +50,8 @@ PORTABLE_KERNELS = (
 )
 # Not Triton's but Gluon's: compiled by a test of their own.
 HOPPER_KERNELS = (
-    attend(PLAIN_TILES[-1][1]),
-    attend(PLAIN_TILES[-1][1], is_share=True),
+    attend(HOPPER_TILE),
+    attend(HOPPER_TILE, is_share=True),
     attend(ENCODED_TILES[-1][1], "int8"),
     attend(ENCODED_TILES[-1][1], "fp8", is_share=True),
 )
@@ -62,15 +66,32 @@ KERNELS = (
 )
 
 
+def attend_in_pairs(*, is_full: bool) -> Kernel:
+    sizes = ("heads", "num_keys", "slot_stride", "token_stride", "head_stride")
+    return Kernel(
+        "sparse_mla_pairs.attend_in_pairs",
+        {"query": "*bf16", "numbers": "*bf16", "slots": "*i64", "out": "*bf16", "scale": "fp32"}
+        | dict.fromkeys(sizes, "i32"),
+        {"R": 512, "WIDTH": 576, "NUM_PLACES": 2048, "IS_FULL": is_full},
+        num_warps=PAIRED_WARPS,
+        multiples_of_16=sizes,
+        instructions=(*TENSOR_CORES, "setmaxnreg.inc.sync.aligned.u32"),
+        label="full" if is_full else "",
+    )
+
+
+PAIRED_KERNELS = (attend_in_pairs(is_full=True), attend_in_pairs(is_full=False))
+
+
 def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
-    """PTX of one of ``HOPPER_KERNELS``, and the bytes of shared memory that it takes."""
+    """PTX of one of ``HOPPER_KERNELS`` or ``PAIRED_KERNELS``, and the bytes of shared memory that it takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from argosy.kernels.triton.sparse_mla_hopper import attend_on_hopper
-
-    names = attend_on_hopper.arg_names
+    module, name = kernel.name.split(".")
+    function = getattr(import_module(f"argosy.kernels.triton.{module}"), name)
+    names = function.arg_names
     assert set(names) == {*kernel.arguments, *kernel.constants}
     attributes = {
         (position,): [["tt.divisibility", 16]]
@@ -79,7 +100,7 @@ def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
     }
     signature = {argument: kernel.arguments.get(argument, "constexpr") for argument in names}
     constants = {(names.index(argument),): value for argument, value in kernel.constants.items()}
-    source = GluonASTSource(attend_on_hopper, signature, constants, attributes)
+    source = GluonASTSource(function, signature, constants, attributes)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", SM_90, 32), options=options)
     return compiled.asm["ptx"], compiled.metadata.shared
