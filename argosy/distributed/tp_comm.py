@@ -29,7 +29,8 @@ class TokenSlices(Protocol):
         ...
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """``x: [t, D]``, ``rows: [N]`` int64 in [0, T), equal on every rank -> [N, D] on every rank. Collective."""
+        """``x: [t, D]``, ``rows: [N]`` int64 in [0, T), ascending, equal on every rank -> [N, D] on every rank, which
+        may be x. Collective."""
         ...
 
 
@@ -43,7 +44,7 @@ class WholeTokens:
         return x
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        return x.index_select(0, rows)
+        return x if rows.shape[0] == x.shape[0] else x.index_select(0, rows)  # as many as there are: all, in order
 
 
 class TensorParallelTokens:

@@ -21,7 +21,7 @@ from argosy.kernels import (
 )
 from argosy.kernels.card import has_kernels
 
-# --- norms, activations, linears --------------------------------------------------------------------------------------
+# --- norms, activations, linears, rows --------------------------------------------------------------------------------
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -44,6 +44,29 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """See ``reference.linear_fp32``."""
     return (device_linear if has_kernels(x) else reference).linear_fp32(x, weight, factor)
+
+
+def look_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """See ``reference.look_up``."""
+    if not has_kernels(table):
+        return reference.look_up(table, ids)
+    from argosy.kernels.triton import embedding
+
+    return embedding.look_up(table, ids)
+
+
+def argmax_rows(x: torch.Tensor) -> torch.Tensor:
+    """See ``reference.argmax_rows``."""
+    if not has_kernels(x):
+        return reference.argmax_rows(x)
+    from argosy.kernels.triton import argmax
+
+    return argmax.argmax_rows(x)
+
+
+def linear_fp32_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``linear_fp32`` of a float32 ``weight``, in parts for ``route_parts``: [S, T, out], to be added over S."""
+    return device_linear.linear_fp32_parts(x, weight) if has_kernels(x) else linear_fp32(x, weight).unsqueeze(0)
 
 
 def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -96,9 +119,8 @@ def route_grouped_topk(
     )
 
 
-def route_hidden(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
+def route_parts(
+    parts: torch.Tensor,
     correction_bias: torch.Tensor,
     *,
     n_group: int,
@@ -107,13 +129,13 @@ def route_hidden(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``route_grouped_topk`` of ``linear_fp32``: ``hidden_states: [T, D]``, ``weight: [E, D]`` float32."""
-    if has_kernels(hidden_states) and hidden_states.dtype == torch.bfloat16:
+    """``route_grouped_topk`` of what ``linear_fp32_parts`` gave, ``parts: [S, T, E]``."""
+    if has_kernels(parts):
         from argosy.kernels.triton import route
 
-        compute = functools.partial(route.route_hidden, hidden_states, weight)
+        compute = functools.partial(route.route_parts, parts)
     else:
-        compute = functools.partial(route_grouped_topk, linear_fp32(hidden_states, weight))
+        compute = functools.partial(route_grouped_topk, parts.sum(dim=0))
     return compute(
         correction_bias,
         n_group=n_group,

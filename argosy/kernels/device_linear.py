@@ -27,6 +27,15 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> t
     return _times(torch.mm(x, weight.t(), out_dtype=torch.float32), factor)
 
 
+def linear_fp32_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``linear_fp32`` of a float32 ``weight`` before its parts of K are added: [S, T, m], to be added in S's order."""
+    # Triton is installed with CUDA's torch only.
+    from argosy.kernels.triton.linear_fp32 import has_aligned_rows, multiply_parts
+
+    is_tiled = x.dtype == torch.bfloat16 and has_aligned_rows(x) and has_aligned_rows(weight)
+    return multiply_parts(x, weight) if is_tiled and x.shape[0] else linear_fp32(x, weight).unsqueeze(0)
+
+
 def linear_by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See ``reference.linear_by_head``. Contiguous: what reads it next need not copy."""
     out = x.new_empty(x.shape[0], weight.shape[0], weight.shape[2])

@@ -81,6 +81,16 @@ def absorb_into(q_nope: torch.Tensor, w_uk: torch.Tensor, query: torch.Tensor) -
     query[..., : w_uk.shape[2]] = linear_by_head(q_nope, w_uk)
 
 
+def look_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``table: [V, D]``, ``ids: [T]`` int64, each a row of it -> [T, D]."""
+    return F.embedding(ids, table)
+
+
+def argmax_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x: [N, V]`` -> the place of each row's largest number [N] int64: the first of equals, and a NaN before all."""
+    return x.argmax(dim=1)
+
+
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Token embedding, whole or one tensor-parallel rank's part of the vocabulary. It never communicates."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from argosy.kernels import look_up
 
 
 class Embedding(nn.Module):
@@ -13,7 +14,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight)
+        return look_up(self.weight, input_ids)
 
 
 class VocabParallelEmbedding(Embedding):
@@ -26,7 +27,7 @@ class VocabParallelEmbedding(Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         local_ids = input_ids - self._first_id
         is_elsewhere = (local_ids < 0) | (local_ids >= self.weight.shape[0])
-        embedded = F.embedding(local_ids.masked_fill(is_elsewhere, 0), self.weight)
+        embedded = look_up(self.weight, local_ids.masked_fill(is_elsewhere, 0))
         return embedded.masked_fill_(is_elsewhere.unsqueeze(1), 0.0)
 
 

@@ -48,6 +48,9 @@ class StreamWork(Generic[T]):
     def __init__(self, value: T, is_done: torch.cuda.Event, compute: Callable[[], T]) -> None:
         self._value, self._is_done, self._compute = value, is_done, compute
 
+    def compute(self) -> None:
+        """It is being computed."""
+
     def wait(self) -> T:
         self._is_done.wait()
         return self._value

@@ -14,6 +14,10 @@ T_co = TypeVar("T_co", covariant=True)
 class SideWork(Protocol[T_co]):
     """Work on a lane."""
 
+    def compute(self) -> None:
+        """Now at the latest, if nothing runs beside: for what fills a pause and is read later. ``wait`` for it too."""
+        ...
+
     def wait(self) -> T_co:
         """The result; afterwards the current stream may read it. May be called more than once."""
         ...
@@ -29,15 +33,18 @@ class SideLane(Protocol):
 
 
 class Deferred(Generic[T]):
-    """Computed when it is first waited for."""
+    """Computed when it is first asked for."""
 
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute = compute
         self._results: list[T] = []
 
-    def wait(self) -> T:
+    def compute(self) -> None:
         if not self._results:
             self._results.append(self._compute())
+
+    def wait(self) -> T:
+        self.compute()
         return self._results[0]
 
 

@@ -9,13 +9,15 @@ Shape letters: M lines (rows that need the step), V valid tokens.
 import numpy as np
 import torch
 
+from argosy.kernels import argmax_rows
+
 
 def argmax(scores: torch.Tensor) -> torch.Tensor:
     """The best token of each line of ``scores: [N, V]``, any float dtype -> [N] int64."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         return torch.from_numpy(scores.numpy().argmax(axis=1))  # vectorised in numpy: 4 to 10 times as fast on a CPU
     # Widening to float32 is exact and keeps the order, so argmax may be taken before it.
-    return scores.argmax(dim=1)
+    return argmax_rows(scores)
 
 
 def penalize(

@@ -13,15 +13,18 @@ from argosy.kernels.triton.sum_parts import sum_parts
 from benchmarks.gpu.measure import Case, relative_error
 
 HIDDEN_SIZE, VOCAB_SIZE, NUM_EXPERTS, INDEX_HEADS, IDS_PER_TOKEN = 7168, 129280, 256, 64, 8
-NUMS_TOKENS = (1, 64, 128, 4096)
+NUMS_TOKENS = (1, 16, 64, 128, 4096)
 HEAD_NUMS_TOKENS = (1, 16, 32, 64, 128, 256)
 OPTIONS = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": IDS_PER_TOKEN}
 OPTIONS |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
-# Other tiles for prefill: one that sums blocks of K and reads more, and one that has fewer parts to add.
+# Other tiles for prefill: one that sums blocks of K and reads more, and one that has fewer parts to add; and for a
+# decode step: as it is, and half and twice as many programs.
 OTHER_TILES = {
     "128x128 tile": Tile(128, 128, 64, 3584, 4, 8),
     "64x128 tile": Tile(64, 128, 64, 1792, 4, 4),
     "decode tile": Tile(64, 64, 64, 256, 5, 4),
+    "decode tile of 128": Tile(64, 64, 64, 128, 2, 4),
+    "decode tile of 512": Tile(64, 64, 64, 512, 5, 4),
 }
 TOLERANCE = 1e-5  # of the norm: the tensor instruction cuts where float32 sums round
 MAX_CHOICES_APART = 1e-3  # of all: near ties
@@ -99,8 +102,8 @@ def route_hidden_case(num_tokens: int) -> Case:
     return Case(
         name="hidden -> routes",
         rows=num_tokens,
-        run=lambda: route.route_hidden(x, weight, bias, **OPTIONS),
-        check=lambda: check_choice(route.route_hidden(x, weight, bias, **OPTIONS), expected),
+        run=lambda: route_hidden(x, weight, bias),
+        check=lambda: check_choice(route_hidden(x, weight, bias), expected),
         num_ops=3 * 2 * num_tokens * NUM_EXPERTS * HIDDEN_SIZE,
         num_bytes=x.nbytes + weight.nbytes + 8 * num_tokens * IDS_PER_TOKEN,
         alternatives={
@@ -134,6 +137,10 @@ def sort_case(num_tokens: int) -> Case:
         num_bytes=x.nbytes * (1 + IDS_PER_TOKEN),
         alternatives={"torch sort, gather": sort},
     )
+
+
+def route_hidden(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return route.route_parts(device_linear.linear_fp32_parts(x, weight), bias, **OPTIONS)
 
 
 def draw_hidden(num_tokens: int) -> torch.Tensor:

@@ -23,9 +23,13 @@ class SpreadRouter(nn.Module):
         super().__init__()
         self._router, self._topk_ids = router, topk_ids
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, topk_weights = self._router(hidden_states)
-        return self._topk_ids[: hidden_states.shape[0]], topk_weights
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._router(hidden_states)
+        return logits
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, topk_weights = self._router.choose(logits)
+        return self._topk_ids[: topk_weights.shape[0]], topk_weights
 
 
 def spread_routing(model: nn.Module, topk_ids_by_layer: Sequence[torch.Tensor]) -> None:

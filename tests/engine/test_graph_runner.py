@@ -1,6 +1,8 @@
 """Steps from static, padded tensors give what eager steps give; recordings themselves need a card (marked ``cuda``)."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from argosy.distributed.ep_types import SINGLE_RANK_PLAN
 from argosy.distributed.recordings import RecordingTable
 from argosy.kernels import RotaryRows
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch
+from argosy.platforms.cpu import CpuPlatform
 from argosy.runner.graph_runner import GraphRunner, StaticInputs, graph_batch_sizes, graph_lengths
+
+T = TypeVar("T")
 
 
 def test_sizes_and_lengths() -> None:
@@ -82,6 +87,43 @@ def test_trying_a_recording_leaves_no_trace(device: str) -> None:
     runner.try_graphs()
     assert num_runs == 1
     assert torch.equal(runner.cache.latent, before[0]) and torch.equal(runner.cache.index_k, before[1])
+
+
+@dataclasses.dataclass
+class WatchedWork(Generic[T]):
+    value: T
+    is_waited_for: bool = False
+
+    def compute(self) -> None:
+        pass
+
+    def wait(self) -> T:
+        self.is_waited_for = True
+        return self.value
+
+
+class WatchedLane(CpuPlatform):
+    """A platform whose lane computes as early as a card may; without a lane, work is done as late as it may be."""
+
+    def __init__(self) -> None:
+        self.works: list[WatchedWork[Any]] = []
+
+    def new_side_lane(self) -> "WatchedLane":  # type: ignore[override]
+        return self
+
+    def start(self, compute: Callable[[], T]) -> WatchedWork[T]:
+        self.works.append(WatchedWork(compute()))
+        return self.works[-1]
+
+
+def test_early_work_beside_a_step_changes_nothing_and_is_waited_for() -> None:
+    llm, platform = build("cpu"), WatchedLane()
+    runner = llm.engine.runner
+    runner.graphs = GraphRunner.capture(
+        runner.model, runner.cache, runner.rotary, platform, batch_sizes=(8,), lengths=(256,)
+    )
+    assert tokens(llm) == tokens(build("cpu"))
+    assert platform.works and all(work.is_waited_for for work in platform.works)
 
 
 def test_rows_that_a_larger_batch_left_behind_write_nothing(device: str) -> None:

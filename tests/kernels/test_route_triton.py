@@ -206,10 +206,10 @@ def test_hidden_states_are_routed_as_their_logits(route: ModuleType, linear: Mod
     weight, bias = torch.randn(64, 520, device=DEVICE) * 0.05, torch.randn(64, device=DEVICE) * 0.1
     options = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}
     options |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
-    if num_tokens and IS_INTERPRETED:  # float32 would go another way
-        topk_ids, topk_weights = route.route_parts(linear.multiply_parts(x, weight), bias, **options)
-    else:
-        topk_ids, topk_weights = route.route_hidden(x, weight, bias, **options)
+    # In float32 the interpreter's tokens would go another way.
+    is_tiled = num_tokens and IS_INTERPRETED
+    parts = linear.multiply_parts(x, weight) if is_tiled else device_linear.linear_fp32_parts(x, weight)
+    topk_ids, topk_weights = route.route_parts(parts, bias, **options)
     if num_tokens == 0:
         assert topk_ids.shape == topk_weights.shape == (0, 8)
         return

@@ -118,10 +118,14 @@ def test_experts_take_rows_that_were_quantised_before_they_were_sorted(kind: str
     assert torch.equal(outs[0], (combined + shared).to(x.dtype))
 
 
-def test_without_a_lane_work_is_done_once_when_it_is_waited_for() -> None:
+@pytest.mark.parametrize("is_wanted_first", [False, True])
+def test_without_a_lane_work_is_done_once_when_it_is_asked_for(is_wanted_first: bool) -> None:
     done: list[int] = []
     work = NoSideLane().start(lambda: done.append(1))
     assert done == []
+    if is_wanted_first:
+        work.compute()
+        assert done == [1]
     work.wait()
     work.wait()
     assert done == [1]

@@ -1,4 +1,4 @@
-"""Received rows -> the experts' rows: a stable counting sort and the copy, in two kernels.
+"""Received rows -> the experts' rows: a stable counting sort and the copy, in two kernels, and in one for a few rows.
 
 Plain torch sorts, searches, inverts and gathers in a dozen; and a gather of fixed length also copies rows of experts
 that are elsewhere, which here nobody touches. Invariant: an expert's rows stand in the order of their entries, so the
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.arrange_few_rows import MAX_ENTRIES, arrange_few_rows
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 BLOCK_SIZE = 2048
@@ -28,9 +29,9 @@ def arrange_sorted(
     -> rows [num_rows, D] (N * K for None; those behind the last expert's are not written), counts [e] int32,
     row_ids [N, K] int64, -1 for what is elsewhere.
     """
-    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
     rows = x.new_empty(topk_ids.numel() if num_rows is None else num_rows, x.shape[1])
-    return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+    counts, row_ids = _arrange(x, topk_ids, expert_map, rows, num_local_experts)
+    return rows, counts, row_ids
 
 
 def arrange_scaled(
@@ -40,11 +41,9 @@ def arrange_scaled(
 
     -> rows [N * K, D], their scales [N * K, G], whose columns are contiguous, counts, row_ids.
     """
-    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
     rows = x.new_empty(topk_ids.numel(), x.shape[1])
     row_scale = scale.new_empty(scale.shape[1], topk_ids.numel()).t()
-    scales = scale, row_scale
-    row_ids = _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts, scales)
+    counts, row_ids = _arrange(x, topk_ids, expert_map, rows, num_local_experts, (scale, row_scale))
     return rows, row_scale, counts, row_ids
 
 
@@ -57,6 +56,22 @@ def arrange_padded(
     starts = torch.arange(0, num_local_experts, dtype=torch.int32, device=x.device) * capacity
     rows = x.new_zeros(num_local_experts, capacity, x.shape[1])
     return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+
+
+def _arrange(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    rows: torch.Tensor,
+    num_local_experts: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes ``rows``, and of ``scales`` the second from the first -> counts, row_ids: few entries in one launch."""
+    if 0 < topk_ids.numel() <= MAX_ENTRIES:
+        x, rows = _as_numbers(x), _as_numbers(rows)
+        return arrange_few_rows(x, topk_ids, expert_map, rows, num_local_experts, scales)
+    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
+    return counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts, scales)
 
 
 def _count_entries(

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
 from argosy.kernels.triton import index_scores_hopper
 from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
 from argosy.kernels.triton.quantize import ROUNDER
 
@@ -132,6 +133,7 @@ def quantize_queries(
             DIM=index_q.shape[3],
             BLOCK_ROWS=QUANTIZED_ROWS,
             num_warps=8,
+            launch_pdl=IS_ON,
         )
     return query, weights
 
@@ -181,6 +183,7 @@ def _score(
         "BLOCK_KEYS": tile.block_keys,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "launch_pdl": IS_ON,
     }
     query = query.contiguous()
     if is_few and not tile.is_hopper:
@@ -252,6 +255,8 @@ def _quantize_queries_kernel(
     DIM: tl.constexpr,  # noqa: N803
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, DIM)
     is_row = rows < num_rows
@@ -299,6 +304,8 @@ def _score_keys_kernel(
     NUM_ROWS: tl.constexpr,  # noqa: N803
 ):
     """All rows' tiles in a line, of which a program takes one stretch."""
+    let_next_start()
+    wait_for_inputs()
     rows = tl.arange(0, NUM_ROWS)
     visible = tl.load(num_visible + rows, mask=rows < num_rows, other=0)
     visible = tl.maximum(tl.minimum(visible, max_seq_len), 0)
@@ -355,6 +362,8 @@ def _score_tokens_kernel(
     BLOCK_TOKENS: tl.constexpr,  # noqa: N803
 ):
     """A tile of keys against those tokens of a tile that see its first key, and any between them."""
+    let_next_start()
+    wait_for_inputs()
     first_key = tl.program_id(0) * BLOCK_KEYS
     request = tl.program_id(2)
     tokens = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)

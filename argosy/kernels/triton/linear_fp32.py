@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+from argosy.kernels.triton.dependent_launch import IS_ON, LINE_BYTES, fetch_lines, let_next_start, wait_for_inputs
 
 ALIGNMENT_BYTES = 16  # of addresses and rows, which the card's tile loads ask for
 
@@ -96,11 +96,14 @@ def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = No
     _linear_kernel[(num_tiles, num_parts)](
         x_tiles,
         weight_tiles,
+        weight,
         parts,
         num_tokens,
         out_features,
         in_features,
         split_k,
+        weight.stride(0),
+        FETCHED_LINES=_count_fetched_lines(tile, split_k, weight.element_size()),
         BLOCK_OUT=tile.block_out,
         BLOCK_TOKENS=tile.block_tokens,
         BLOCK_K=tile.block_k,
@@ -112,28 +115,42 @@ def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = No
     return parts
 
 
+def _count_fetched_lines(tile: Tile, split_k: int, element_size: int) -> int:
+    """Of each row of a program's weights: what its pipeline holds, a power of two."""
+    numbers = min(split_k, (tile.num_stages - 1) * tile.block_k)
+    return 1 << max(0, (numbers * element_size // LINE_BYTES.value).bit_length() - 1)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x_tiles,
     weight_tiles,
+    weight,
     parts,
     num_tokens,
     out_features,
     in_features,
     split_k,
-    BLOCK_OUT: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    weight_stride,
+    FETCHED_LINES: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    BLOCK_OUT: tl.constexpr,  # noqa: N803
     BLOCK_TOKENS: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
     IS_SPLIT: tl.constexpr,  # noqa: N803
 ):
     let_next_start()
-    wait_for_inputs()
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
     feature = (tl.program_id(0) % out_tiles) * BLOCK_OUT
     token = (tl.program_id(0) // out_tiles) * BLOCK_TOKENS
     part = tl.program_id(1)
     first_k = part * split_k
     stop_k = tl.minimum(first_k + split_k, in_features)
+    # Weights depend on no kernel: they are on their way while the tokens are still being made.
+    line: tl.constexpr = LINE_BYTES // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    fetched_rows = tl.minimum(feature + tl.arange(0, BLOCK_OUT), out_features - 1).to(tl.int64)
+    fetched_k = tl.minimum(first_k + tl.arange(0, FETCHED_LINES) * line, stop_k - 1)
+    fetch_lines(weight + fetched_rows[:, None] * weight_stride + fetched_k[None, :])
+    wait_for_inputs()
     total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     for k in tl.range(first_k, stop_k, BLOCK_K):  # what lies behind a tensor's end reads as 0
         tokens = x_tiles.load([token, k]).T

@@ -98,7 +98,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if num_rows:
         num_blocks = triton.cdiv(width, SILU_BLOCK)
         _silu_mul_kernel[(num_rows * num_blocks,)](
-            gate_up, out, width, gate_up.stride(0), NUM_BLOCKS=num_blocks, BLOCK=SILU_BLOCK, num_warps=SILU_WARPS
+            gate_up,
+            out,
+            width,
+            gate_up.stride(0),
+            NUM_BLOCKS=num_blocks,
+            BLOCK=SILU_BLOCK,
+            num_warps=SILU_WARPS,
+            launch_pdl=IS_ON,
         )
     return out
 
@@ -257,6 +264,8 @@ def _silu_mul_kernel(
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + row_columns(BLOCK)
     is_column = columns < width

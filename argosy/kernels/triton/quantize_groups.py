@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from argosy.kernels.reference_fp8 import BLOCK_SIZE, FP8_MAX, MIN_AMAX
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.quantize import count_programs, sum_counts
 
 GROUP: tl.constexpr = tl.constexpr(BLOCK_SIZE)
@@ -115,6 +116,7 @@ def _quantize(
             BLOCK_ROWS=block_rows,
             BLOCK_GROUPS=BLOCK_GROUPS,
             num_warps=4,
+            launch_pdl=IS_ON,
         )
     return quantized, scale
 
@@ -132,6 +134,8 @@ def _quantize_groups_kernel(
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
     BLOCK_GROUPS: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     _quantize_rows(
         x, quantized, scale, tl.program_id(0), num_rows, num_rows, size, row_stride, IS_GATED, HAS_UE8M0_SCALES,
         BLOCK_ROWS, BLOCK_GROUPS,

@@ -35,6 +35,7 @@ def rotary_rows(table: RotaryTable, positions: torch.Tensor) -> RotaryRows:
             HALF=half,
             BLOCK=triton.next_power_of_2(half),
             num_warps=1,
+            launch_pdl=IS_ON,
         )
     return RotaryRows(torch.view_as_complex(turns), half_cos, half_sin)
 
@@ -111,6 +112,8 @@ def _rotary_rows_kernel(
     HALF: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     is_column = columns < HALF

@@ -1,6 +1,6 @@
-"""The noaux_tc router in one launch, or from the hidden states in two: choice and weights never leave registers.
+"""The noaux_tc router in one launch: choice and weights never leave registers.
 
-The first launch multiplies (``linear_fp32.py``); the second adds its parts of K and routes. Torch on CUDA promises no
+The launch before it multiplies (``linear_fp32.py``); this one adds its parts of K on the way. Torch on CUDA promises no
 order among equal scores; here they go to the lowest id, groups and experts alike. Invariant: a token's choice depends
 on its own logits alone, and experts of groups that were not chosen come after all others.
 
@@ -11,9 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from argosy.kernels import reference
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
-from argosy.kernels.triton.linear_fp32 import has_aligned_rows, multiply_parts
 
 # Tokens of a program: one of a decode step; more, whose work overlaps, in prefill (not measured yet).
 FEW_TOKENS = 128
@@ -40,17 +38,16 @@ def route_grouped_topk(
     return route_parts(
         router_logits.unsqueeze(0),
         correction_bias,
-        n_group,
-        topk_group,
-        num_experts_per_tok,
-        norm_topk_prob,
-        routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        num_experts_per_tok=num_experts_per_tok,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
     )
 
 
-def route_hidden(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
+def route_parts(
+    parts: torch.Tensor,
     correction_bias: torch.Tensor,
     *,
     n_group: int,
@@ -59,31 +56,8 @@ def route_hidden(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``hidden_states: [T, D]`` bf16, ``weight: [E, D]`` float32 -> topk_ids [T, K] int32, topk_weights [T, K] float32.
-
-    Bit for bit what ``route_grouped_topk`` makes of ``device_linear.linear_fp32``'s logits.
-    """
-    if hidden_states.shape[0] == 0:
-        parts = hidden_states.new_empty(1, 0, weight.shape[0], dtype=torch.float32)
-    elif hidden_states.dtype == torch.bfloat16 and has_aligned_rows(hidden_states) and has_aligned_rows(weight):
-        parts = multiply_parts(hidden_states, weight)
-    else:
-        parts = reference.linear_fp32(hidden_states, weight).unsqueeze(0)
-    return route_parts(
-        parts, correction_bias, n_group, topk_group, num_experts_per_tok, norm_topk_prob, routed_scaling_factor
-    )
-
-
-def route_parts(
-    parts: torch.Tensor,
-    correction_bias: torch.Tensor,
-    n_group: int,
-    topk_group: int,
-    num_experts_per_tok: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``parts: [S, T, E]``: the logits are their sum."""
+    """``parts: [S, T, E]`` float32, contiguous: the logits are their sum, in the order of S. Bit for bit what
+    ``route_grouped_topk`` makes of ``device_linear.linear_fp32``'s logits."""
     num_parts, num_tokens, num_experts = parts.shape
     topk_ids = torch.empty(num_tokens, num_experts_per_tok, dtype=torch.int32, device=parts.device)
     topk_weights = torch.empty(num_tokens, num_experts_per_tok, dtype=torch.float32, device=parts.device)
@@ -99,13 +73,13 @@ def route_parts(
         parts.stride(0),
         parts.stride(1),
         routed_scaling_factor,
+        topk_group,
+        num_experts_per_tok,
         NUM_PARTS=num_parts,
         NUM_GROUPS=n_group,
-        TOPK_GROUP=topk_group,
         GROUP_SIZE=num_experts // n_group,
         PADDED_GROUPS=triton.next_power_of_2(n_group),
         PADDED_SIZE=triton.next_power_of_2(num_experts // n_group),
-        NUM_IDS=num_experts_per_tok,
         PADDED_IDS=triton.next_power_of_2(num_experts_per_tok),
         IS_NORMED=norm_topk_prob,
         BLOCK_TOKENS=block,
@@ -115,7 +89,7 @@ def route_parts(
     return topk_ids, topk_weights
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "topk_group", "num_ids"])
 def _route_kernel(
     parts,
     correction_bias,
@@ -125,18 +99,22 @@ def _route_kernel(
     part_stride,
     row_stride,
     scaling_factor,
+    topk_group,
+    num_ids,
     NUM_PARTS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     NUM_GROUPS: tl.constexpr,  # noqa: N803
-    TOPK_GROUP: tl.constexpr,  # noqa: N803
     GROUP_SIZE: tl.constexpr,  # noqa: N803
     PADDED_GROUPS: tl.constexpr,  # noqa: N803
     PADDED_SIZE: tl.constexpr,  # noqa: N803
-    NUM_IDS: tl.constexpr,  # noqa: N803
     PADDED_IDS: tl.constexpr,  # noqa: N803
     IS_NORMED: tl.constexpr,  # noqa: N803
     BLOCK_TOKENS: tl.constexpr,  # noqa: N803
 ):
-    """Experts stand as [groups, group's size], each padded to a power of two; an id counts real experts only."""
+    """Experts stand as [groups, group's size], each padded to a power of two; an id counts real experts only.
+
+    The numbers of rounds are no constants, so that rounds are loops: unrolled, each of their instructions would be
+    fetched from memory to be run once.
+    """
     let_next_start()
     wait_for_inputs()
     NUM_PLACES: tl.constexpr = PADDED_GROUPS * PADDED_SIZE  # noqa: N806
@@ -156,26 +134,27 @@ def _route_kernel(
     keys = tl.where(is_expert[None, :], _order(biased), REMOVED)
     if NUM_GROUPS > 1:
         grouped = tl.reshape(biased, (BLOCK_TOKENS, PADDED_GROUPS, PADDED_SIZE))
-        is_chosen = _choose_groups(grouped, NUM_GROUPS, GROUP_SIZE, TOPK_GROUP)
+        is_chosen = _choose_groups(grouped, topk_group, NUM_GROUPS, GROUP_SIZE)
         is_chosen = tl.reshape(is_chosen, (BLOCK_TOKENS, NUM_PLACES))
         keys = tl.where((is_chosen > 0) | (keys == REMOVED), keys, DROPPED)
 
     slots = tl.arange(0, PADDED_IDS)
     chosen_ids = tl.zeros((BLOCK_TOKENS, PADDED_IDS), dtype=tl.int32)
     weights = tl.zeros((BLOCK_TOKENS, PADDED_IDS), dtype=tl.float32)
-    for slot in tl.static_range(NUM_IDS):
+    bits = scores.to(tl.int32, bitcast=True)
+    for slot in tl.range(0, num_ids):
         highest = tl.max(keys, axis=1)
         place = tl.min(tl.where(keys == highest[:, None], places[None, :], NUM_PLACES), axis=1)
         is_mine = places[None, :] == place[:, None]
         keys = tl.where(is_mine, REMOVED, keys)
-        score = tl.sum(tl.where(is_mine, scores, 0.0), axis=1)
+        score = tl.max(tl.where(is_mine, bits, 0), axis=1).to(tl.float32, bitcast=True)
         expert = (place // PADDED_SIZE) * GROUP_SIZE + place % PADDED_SIZE
         chosen_ids = tl.where(slots[None, :] == slot, expert[:, None], chosen_ids)
         weights = tl.where(slots[None, :] == slot, score[:, None], weights)
     if IS_NORMED:
         weights = tl.div_rn(weights, tl.broadcast_to(tl.sum(weights, axis=1)[:, None], (BLOCK_TOKENS, PADDED_IDS)))
-    entries = tokens[:, None].to(tl.int64) * NUM_IDS + slots[None, :]
-    is_entry = is_token[:, None] & (slots < NUM_IDS)[None, :]
+    entries = tokens[:, None].to(tl.int64) * num_ids + slots[None, :]
+    is_entry = is_token[:, None] & (slots < num_ids)[None, :]
     tl.store(topk_ids + entries, chosen_ids, mask=is_entry)
     tl.store(topk_weights + entries, weights * scaling_factor, mask=is_entry)
 
@@ -183,9 +162,9 @@ def _route_kernel(
 @triton.jit
 def _choose_groups(
     grouped,
+    topk_group,
     NUM_GROUPS: tl.constexpr,  # noqa: N803
     GROUP_SIZE: tl.constexpr,  # noqa: N803
-    TOPK_GROUP: tl.constexpr,  # noqa: N803
 ):
     """``grouped: [tokens, groups, size]`` -> 1 for experts of the chosen groups, else 0, in the same shape."""
     groups = tl.arange(0, grouped.shape[1])
@@ -197,7 +176,7 @@ def _choose_groups(
     second = tl.max(tl.where(members[None, None, :] == first[:, :, None], float("-inf"), grouped), axis=2)
     keys = tl.where((groups < NUM_GROUPS)[None, :], _order(best + second), REMOVED)
     is_chosen = tl.zeros_like(keys)
-    for _ in tl.static_range(TOPK_GROUP):
+    for _ in tl.range(0, topk_group):
         highest = tl.max(keys, axis=1)
         group = tl.min(tl.where(keys == highest[:, None], groups[None, :], grouped.shape[1]), axis=1)
         is_mine = groups[None, :] == group[:, None]

@@ -57,9 +57,15 @@ class Indexer(nn.Module):
         """``hidden_states: [T, D]`` -> index_weights [T, J] float32."""
         return self.weights_proj(hidden_states, self._weight_scale)
 
-    def make_query(self, index_weights: torch.Tensor, q_resid: object, rotary: RotaryRows) -> IndexQuery:
-        """``q_resid: [T, q_lora_rank]``: the *normed* output of ``q_a_layernorm``, or what was prepared of it."""
-        query = self.wq_b(q_resid).view(index_weights.shape[0], self._heads, self._head_dim)
+    def project_query(self, q_resid: object) -> torch.Tensor:
+        """``q_resid: [T, q_lora_rank]``: the *normed* output of ``q_a_layernorm``, or what was prepared of it.
+        -> [T, J * I], for ``make_query``."""
+        product: torch.Tensor = self.wq_b(q_resid)
+        return product
+
+    def make_query(self, index_weights: torch.Tensor, product: torch.Tensor, rotary: RotaryRows) -> IndexQuery:
+        """Rotates ``product``, what ``project_query`` returned, in place."""
+        query = product.view(index_weights.shape[0], self._heads, self._head_dim)
         rope_half_split_(query[..., : self._rope_dim], rotary)
         return IndexQuery(query, index_weights)
 

@@ -30,6 +30,7 @@ from argosy.layers.linear import (
 from argosy.layers.norm import RMSNorm
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.indexer import Indexer, IndexQuery
+from argosy.platforms import SideWork
 from argosy.quantization.linear_shape import LinearShape
 from argosy.quantization.preparation import NormedRows
 from argosy.quantization.scheme import Schemes
@@ -106,8 +107,12 @@ class MLAAttention(nn.Module):
         attention = batch.attention
         weights = batch.side_lane.start(lambda: self._weigh_heads(normed.rows, attention))
         q_a, index_key, latent = self._project_hidden(normed.prepared)
+        written = batch.side_lane.start(lambda: self.indexer.write_key(index_key, batch, kv))
         q_resid = self.q_a_layernorm.prepare(q_a, None, self._resid_preparation).prepared
-        choice = batch.side_lane.start(lambda: self._index(weights.wait(), index_key, q_resid, batch, kv))
+        product = batch.side_lane.start(lambda: self._project_index_query(weights.wait(), q_resid))
+        choice = batch.side_lane.start(lambda: self._index(weights.wait(), product.wait(), written, batch, kv))
+        # NOTE(order): the way through the indexer is the longer one, and two products at once share the memory.
+        product.wait()
         queries = self._make_queries(q_resid, batch)
         kv.write_latent(attention.slot_mapping, latent, self._latent_norm, batch.rotary)
 
@@ -123,19 +128,22 @@ class MLAAttention(nn.Module):
         """None: every position is selected, and the scores are not needed."""
         return self.indexer.weigh_heads(hidden_states) if attention.max_seq_len > self.indexer.topk else None
 
+    def _project_index_query(self, index_weights: torch.Tensor | None, q_resid: object) -> torch.Tensor | None:
+        return None if index_weights is None else self.indexer.project_query(q_resid)
+
     def _index(
         self,
         index_weights: torch.Tensor | None,
-        index_key: torch.Tensor,
-        q_resid: object,
+        product: torch.Tensor | None,
+        written: SideWork[None],
         batch: ForwardBatch,
         kv: LayerKV,
     ) -> IndexChoice:
-        """Writes the batch's index keys, then reads the cache."""
-        self.indexer.write_key(index_key, batch, kv)
-        if index_weights is None:
+        """Reads the cache, once the batch's index keys are ``written``."""
+        written.wait()
+        if index_weights is None or product is None:
             return IndexChoice(None, None)
-        query = self.indexer.make_query(index_weights, q_resid, batch.rotary)
+        query = self.indexer.make_query(index_weights, product, batch.rotary)
         if batch.attention.max_decode_seq_len <= self.indexer.topk:
             return IndexChoice(query, None)
         return IndexChoice(query, self.indexer.select_decode_slots(query, kv, batch.attention))

@@ -44,11 +44,15 @@ class MoELayer(nn.Module):
 
     def forward(self, normed: NormedRows, batch: ForwardBatch) -> torch.Tensor:
         """T tokens -> [T, D]; routed and shared parts are added in float32. Collective over ep."""
+        logits = self.gate(normed.rows)
+        # NOTE(order): behind the router's product, or that would wait for what room the shared experts leave.
         shared = batch.side_lane.start(lambda: self.shared_experts(normed.prepared))
-        topk_ids, topk_weights = self.gate(normed.rows)
+        topk_ids, topk_weights = self.gate.choose(logits)
         rows = normed.prepared if self._is_prepared_once else normed.rows
         dispatch = self._dispatcher.start_dispatch(rows, topk_ids, topk_weights, batch.exchange)
-        shared_out = shared.wait()
+        shared.compute()
         dispatched = dispatch.wait()
-        self._load.record(dispatched.num_tokens_per_expert)
-        return self._dispatcher.combine_onto(self.experts(dispatched), dispatched.handle, shared_out)
+        recorded = batch.side_lane.start(lambda: self._load.record(dispatched.num_tokens_per_expert))
+        expert_out = self.experts(dispatched)
+        recorded.wait()
+        return self._dispatcher.combine_onto(expert_out, dispatched.handle, shared.wait())

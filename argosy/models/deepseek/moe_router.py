@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from argosy.kernels import route_hidden
+from argosy.kernels import linear_fp32_parts, route_parts
 from argosy.models.deepseek.config import ModelConfig
 
 
@@ -17,12 +17,15 @@ class MoERouter(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.empty(experts, dtype=torch.float32), requires_grad=False)
         self._config = config
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``hidden_states: [T, D]`` -> topk_ids [T, K] int32, topk_weights [T, K] float32."""
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``hidden_states: [T, D]`` -> logits in parts, for ``choose``: [S, T, E] float32."""
+        return linear_fp32_parts(hidden_states, self.weight)
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``forward`` returned -> topk_ids [T, K] int32, topk_weights [T, K] float32."""
         config = self._config
-        return route_hidden(
-            hidden_states,
-            self.weight,
+        return route_parts(
+            logits,
             self.e_score_correction_bias,
             n_group=config.n_group,
             topk_group=config.topk_group,

@@ -13,11 +13,12 @@ def linear_fp32(tile: Tile, *, is_split: bool) -> Kernel:
             "x_tiles": f"tensordesc<bf16[{tile.block_tokens},{tile.block_k}]>",
             "weight_tiles": f"tensordesc<{weight_dtype}[{tile.block_out},{tile.block_k}]>",
         }
-        | {"parts": "*fp32", "num_tokens": "i32", "out_features": "i32", "in_features": "i32", "split_k": "i32"},
-        {"BLOCK_OUT": tile.block_out, "BLOCK_TOKENS": tile.block_tokens, "BLOCK_K": tile.block_k}
+        | {"weight": f"*{weight_dtype}", "parts": "*fp32", "num_tokens": "i32", "out_features": "i32"}
+        | {"in_features": "i32", "split_k": "i32", "weight_stride": "i32"},
+        {"FETCHED_LINES": 8, "BLOCK_OUT": tile.block_out, "BLOCK_TOKENS": tile.block_tokens, "BLOCK_K": tile.block_k}
         | {"IS_SPLIT": is_split},
         num_warps=tile.num_warps,
-        multiples_of_16=("out_features", "in_features", "split_k"),
+        multiples_of_16=("out_features", "in_features", "split_k", "weight_stride"),
         is_vectorised=False,
         instructions=("wgmma.mma_async.sync.aligned.m64n", ".f32.bf16.bf16", "cp.async.bulk.tensor"),
         num_stages=tile.num_stages,
