@@ -19,7 +19,7 @@ from argosy.kernels import reference
 # Below these, grouped_mlp pads: rows in all, and padded rows per row.
 _MAX_PADDED_ROWS = 1024
 _MAX_PADDING = 3
-_MIN_LEFT_TOKENS = 16  # of weighted_mlp
+_MIN_LEFT_TOKENS = 8  # of weighted_mlp
 _NEVER = np.iinfo(np.int64).min  # a key below every score's
 
 
@@ -27,7 +27,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(n * eps), over sqrt(n): four calls instead of eight."""
     size = x.shape[-1]
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.hypot(length, _constant(math.sqrt(size * eps))).mul_(size**-0.5)
+    scale = length.hypot_(_constant(math.sqrt(size * eps))).mul_(size**-0.5)
     normed = (x / scale).mul_(weight)
     return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 

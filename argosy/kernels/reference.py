@@ -115,7 +115,7 @@ def rope_interleaved_into(x: torch.Tensor, rotary: RotaryRows, out: torch.Tensor
 def rope_half_split_(x: torch.Tensor, rotary: RotaryRows) -> None:
     """Rotate the pairs (x0, x[P/2]), (x1, x[P/2 + 1]), ... in place: the indexer's layout. ``x: [T, heads, P]``."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    x.copy_(torch.addcmul(x * rotary.half_cos, swapped, rotary.half_sin))
+    torch.addcmul(x * rotary.half_cos, swapped, rotary.half_sin, out=x)
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -261,10 +261,11 @@ def attend_absorbed(
     ``query: [T, H, C]`` (q_nope absorbed, then q_rope), ``latent: [T, S, C]``, ``is_hidden: [T, S]`` with at least one
     False a row, or None if nothing is hidden. Returns [T, H, R], still to be multiplied by w_uv. Softmax in float32.
     """
-    mask = query.new_zeros(1, 1, 1)
+    mask, beta = query.new_empty(1, 1, 1), 0  # not read
     if is_hidden is not None:
         mask = query.new_zeros(is_hidden.shape).masked_fill_(is_hidden, float("-inf")).unsqueeze(1)  # [T, 1, S]
-    scores = torch.baddbmm(mask, query, latent.transpose(1, 2), alpha=softmax_scale)  # [T, H, S]
+        beta = 1
+    scores = torch.baddbmm(mask, query, latent.transpose(1, 2), beta=beta, alpha=softmax_scale)  # [T, H, S]
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.bmm(weights, latent[..., :kv_lora_rank])
 

@@ -42,10 +42,10 @@ def select_max_whole_tokens(device_type: str, dtype: torch.dtype) -> int:
     return 48 if device_type == "cpu" and dtype == torch.float32 else 0
 
 
-def select_joined_linears(device_type: str) -> bool:
-    """For ``group_linears(..., is_joined=...)``: CUDA, where three narrow products leave most of the card idle. A CPU
-    gains nothing, and reads contiguous rows faster."""
-    return device_type == "cuda"
+def select_joined_linears(device_type: str, *, is_quantized: bool) -> bool:
+    """For ``group_linears(..., is_joined=...)``: quantised ones on CUDA, where three narrow products leave most of the
+    card idle, and plain ones on a CPU, where each is mostly the cost of a call."""
+    return device_type == ("cuda" if is_quantized else "cpu")
 
 
 def select_expert_layout(device_type: str) -> Literal["padded", "sorted"]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from argosy.distributed.ep_types import DispatchedTokens
 from argosy.kernels import grouped_mlp, grouped_mlp_masked, weighted_mlp
+from argosy.quantization.joined_rows import share_rows
 from argosy.quantization.linear_shape import LinearShape
 from argosy.quantization.preparation import NoPreparation
 
@@ -29,8 +30,12 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.weight)
 
     @classmethod
-    def try_join(cls, linears: Sequence["PlainLinear"]) -> None:
-        """Never: cuBLAS is asked for what it was ever asked for."""
+    def try_join(cls, linears: Sequence["PlainLinear"]) -> "PlainLinear":
+        """See ``W8A8Linear.try_join``; it always can."""
+        out_features, in_features = sum(len(linear.weight) for linear in linears), linears[0].weight.shape[1]
+        joined = cls(in_features, out_features, linears[0].weight.dtype)
+        share_rows(joined, linears, "weight")
+        return joined
 
 
 class PlainExperts(nn.Module):

@@ -83,7 +83,8 @@ def warm_up(
             batch, exchange_of(batch.num_tokens)
         )
         hidden_states = model(built.forward, cache, num_layers)
-        model.compute_logits(model.take_rows(hidden_states, built.forward))
+        rows = built.forward.logits_indices
+        model.compute_logits(model.take_rows(hidden_states, rows, built.forward.num_tokens))
         if on_trial is not None:
             on_trial(i + 1, len(trials))
 

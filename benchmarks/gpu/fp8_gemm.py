@@ -42,19 +42,19 @@ MANY_ROWS, MANY_ROWS_LINEARS = 4096, ((7168, 4096), (1536, 24576), (16384, 7168)
 DENSE_TILES = (HopperTile(), HopperTile(lead=0), HopperTile(lead=2), HopperTile(walked_tiles=4), PLAIN_WIDE_TILE)
 FEW_ROWS_LINEARS = ((7168, 4096), (1536, 8192), (1536, 24576), (16384, 7168))
 FEW_ROWS_TILES = {
-    1: (PLAIN_TILES[0][1], Tile(16, 128, 11, 4, True, False, 1), Tile(16, 64, 7, 4, True, False, 3)),
-    16: (PLAIN_TILES[0][1], Tile(16, 128, 11, 4, True, False, 1), Tile(16, 64, 7, 4, True, False, 3)),
-    64: (PLAIN_TILES[2][1], Tile(64, 128, 4, 4, True, False, 2), Tile(64, 64, 5, 4, True, False, 3)),
+    1: (PLAIN_TILES[0], Tile(16, 128, 11, 4, True, False, 1), Tile(16, 64, 7, 4, True, False, 3)),
+    16: (PLAIN_TILES[0], Tile(16, 128, 11, 4, True, False, 1), Tile(16, 64, 7, 4, True, False, 3)),
+    64: (PLAIN_TILES[2], Tile(64, 128, 4, 4, True, False, 2), Tile(64, 64, 5, 4, True, False, 3)),
     128: (PLAIN_WIDE_TILE, Tile(128, 128, 6, 8, False, False, 1, 4), Tile(128, 128, 4, 8, True, False, 1)),
 }
 QUEUE_TILES = (HopperTile(), HopperTile(has_queue=False))
 GATED_DECODE_TILES = (
-    GATED_TILES[0][1],
+    GATED_TILES[0],
     Tile(16, 128, 3, 4, True, True, 2),
     Tile(16, 128, 6, 8, True, True, 1),
 )
 PLAIN_DECODE_TILES = (
-    PLAIN_TILES[0][1],
+    PLAIN_TILES[0],
     Tile(16, 128, 11, 4, True, False, 1),
     Tile(16, 128, 3, 4, True, False, 3),
 )

@@ -87,8 +87,8 @@ PERSISTENT_TILES = (
     Tile(16, 64, 512, 5, 4, True, is_flat=True),
     Tile(16, 128, 256, 5, 4, True, is_flat=True),
 )
-PLAIN_DECODE_TILES = (PLAIN_TILES[0][1], Tile(16, 128, 256, 6, 4, True), Tile(16, 128, 512, 3, 4, True))
-GATED_DECODE_TILES = (GATED_TILES[0][1], Tile(16, 64, 256, 6, 4, True), Tile(16, 64, 512, 3, 4, True))
+PLAIN_DECODE_TILES = (PLAIN_TILES[0], Tile(16, 128, 256, 6, 4, True), Tile(16, 128, 512, 3, 4, True))
+GATED_DECODE_TILES = (GATED_TILES[0], Tile(16, 64, 256, 6, 4, True), Tile(16, 64, 512, 3, 4, True))
 # Predictions for an H200, TOP/s of gate and up with down, from a simulation of multiprocessors, memory and its cache
 # (20 to 30 MB of it) that gave 693 to 710 and 830 to 912 without a queue where 685 and 800 were measured: with one
 # 960 to 985 at 4,096 tokens and 1,360 at 8,192 if the clock held; 900 and 1,150 are expected.

@@ -184,11 +184,11 @@ def test_an_interrupt_in_either_half_cancels_both_steps(
     deltas = core.step() + core.step()
     real, calls = getattr(core.runner, half), []
 
-    def interrupted(argument: object) -> object:
+    def interrupted(argument: object, **options: object) -> object:
         calls.append(argument)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(argument)
+        return real(argument, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(core.runner, half, interrupted)

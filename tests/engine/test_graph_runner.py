@@ -9,7 +9,7 @@ import torch
 
 from argosy import LLM, RequestOutput, SamplingParams
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN
-from argosy.distributed.recordings import RecordingTable
+from argosy.distributed.recordings import RecordingKey, RecordingTable
 from argosy.kernels import RotaryRows
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch
 from argosy.platforms.cpu import CpuPlatform
@@ -78,14 +78,14 @@ def test_trying_a_recording_leaves_no_trace(device: str) -> None:
     before = runner.cache.latent.clone(), runner.cache.index_k.clone()
     num_runs, run = 0, runner.graphs.run
 
-    def count(batch: ForwardBatch) -> torch.Tensor:
+    def count(batch: ForwardBatch, key: RecordingKey) -> torch.Tensor:
         nonlocal num_runs
         num_runs += 1
-        return run(batch)
+        return run(batch, key)
 
     runner.graphs.run = count  # type: ignore[method-assign]
     runner.try_graphs()
-    assert num_runs == 1
+    assert num_runs == 1 and runner.num_replays == 0  # it was no step
     assert torch.equal(runner.cache.latent, before[0]) and torch.equal(runner.cache.index_k, before[1])
 
 
@@ -120,7 +120,7 @@ def test_early_work_beside_a_step_changes_nothing_and_is_waited_for() -> None:
     llm, platform = build("cpu"), WatchedLane()
     runner = llm.engine.runner
     runner.graphs = GraphRunner.capture(
-        runner.model, runner.cache, runner.rotary, platform, batch_sizes=(8,), lengths=(256,)
+        runner.model, runner.cache, runner.rotary, platform, table=RecordingTable((8,), (256,))
     )
     assert tokens(llm) == tokens(build("cpu"))
     assert platform.works and all(work.is_waited_for for work in platform.works)

@@ -35,6 +35,6 @@ def test_a_cpu_compiles_nothing() -> None:
 
 
 def test_the_deployment_adds_up_its_ranks() -> None:
-    ranks = [RankStats(rank, {}, [], number) for rank, number in enumerate((2, 0, 3))]
+    ranks = [RankStats(rank, {}, num_late_compilations=number) for rank, number in enumerate((2, 0, 3))]
     replica = ReplicaStats(1, 0, 1, 0, 1, 0.0, ranks)
     assert summarize_stats([replica], 3).num_late_compilations == 5

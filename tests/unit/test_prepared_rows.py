@@ -64,14 +64,14 @@ def test_linears_of_one_format_share_their_preparation() -> None:
     assert share_preparation(int8, plain) == share_preparation(fp8, other_fp8) == NoPreparation()
 
 
-@pytest.mark.parametrize("kind", ["w8a8", "fp8_block"])
+@pytest.mark.parametrize("kind", ["plain", "w8a8", "fp8_block"])
 def test_joined_linears_give_the_outputs_of_each(kind: str) -> None:
-    def build(size: int) -> W8A8Linear | FP8BlockLinear:
-        return (
-            W8A8Linear(HIDDEN_SIZE, size)
-            if kind == "w8a8"
-            else FP8BlockLinear(HIDDEN_SIZE, size, has_ue8m0_scales=True)
-        )
+    def build(size: int) -> PlainLinear | W8A8Linear | FP8BlockLinear:
+        if kind == "plain":
+            return PlainLinear(HIDDEN_SIZE, size, torch.float32)
+        if kind == "w8a8":
+            return W8A8Linear(HIDDEN_SIZE, size)
+        return FP8BlockLinear(HIDDEN_SIZE, size, has_ue8m0_scales=True)
 
     linears = [build(size) for size in (256, 128, 72)]
     group = group_linears(*linears, is_joined=True)
@@ -87,9 +87,8 @@ def test_joined_linears_give_the_outputs_of_each(kind: str) -> None:
 
 def test_linears_that_cannot_be_joined_are_asked_one_by_one() -> None:
     ragged = [FP8BlockLinear(HIDDEN_SIZE, size, has_ue8m0_scales=True) for size in (72, 128)]
-    plain = [PlainLinear(HIDDEN_SIZE, size, torch.float32) for size in (8, 4)]
-    mixed = [W8A8Linear(HIDDEN_SIZE, 8), plain[0]]
-    for linears in (ragged, plain, mixed):
+    mixed = [W8A8Linear(HIDDEN_SIZE, 8), PlainLinear(HIDDEN_SIZE, 4, torch.float32)]
+    for linears in (ragged, mixed):
         assert not isinstance(group_linears(*linears, is_joined=True), JoinedLinears)
 
 

@@ -27,7 +27,7 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 BARRIER = gl.barrier if "barrier" in vars(gl) else gl.thread_barrier  # Triton 3.7's name, 3.6's
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "max_seq_len", "table_stride", "out_stride"])
+@gluon.jit(do_not_specialize=["block_table", "num_visible", "num_tokens", "max_seq_len", "table_stride", "out_stride"])
 def score_tokens_on_hopper(
     queries,
     keys,

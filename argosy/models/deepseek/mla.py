@@ -32,7 +32,7 @@ from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.indexer import Indexer, IndexQuery
 from argosy.platforms import SideWork
 from argosy.quantization.linear_shape import LinearShape
-from argosy.quantization.preparation import NormedRows
+from argosy.quantization.preparation import NoPreparation, NormedRows
 from argosy.quantization.scheme import Schemes
 
 
@@ -97,8 +97,10 @@ class MLAAttention(nn.Module):
         self.indexer = Indexer(config, schemes.at("indexer"))
         linears = self.q_a_proj, self.indexer.wk, self.kv_a_proj_with_mqa  # in whole FP8 blocks but for the last
         self.preparation = share_preparation(*linears)
-        device_type = torch.get_default_device().type
-        self._project_hidden = group_linears(*linears, is_joined=select_joined_linears(device_type))
+        is_joined = select_joined_linears(
+            torch.get_default_device().type, is_quantized=self.preparation != NoPreparation()
+        )
+        self._project_hidden = group_linears(*linears, is_joined=is_joined)
         self._resid_preparation = share_preparation(self.q_b_proj, self.indexer.wq_b)
 
     def forward(self, normed: NormedRows, batch: ForwardBatch, kv: LayerKV) -> torch.Tensor:
