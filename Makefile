@@ -29,8 +29,9 @@ lint: $(TEST_STAMP)
 # Two workers with one thread each: torch's own threads would make them fight for the cores. Tests of many ranks come
 # one after another: each starts up to sixteen processes and has deadlines.
 pytest: $(TEST_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda" --ignore=tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda and not processes" --ignore=tests/dist
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not cuda" tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "processes and not slow and not cuda" --ignore=tests/dist
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py tests/kernels/test_*_triton.py
 
 slow: $(TEST_STAMP)

@@ -50,6 +50,7 @@ class EngineConfig:
     tp_size: int = field(default=1, metadata={"aliases": ("--tp",)})  # ranks that share each layer of a replica
     dp_size: int = field(default=1, metadata={"aliases": ("--dp",)})  # replicas, each with requests of its own
     ep_size: int | None = field(default=None, metadata={"aliases": ("--ep",)})  # ranks sharing the experts; None = all
+    first_device: int = 0  # number of the first accelerator of each node that this engine uses
     nnodes: int = 1  # machines; each holds an equal share of the ranks
     node_rank: int = 0  # which of them this is; node 0 answers
     master_addr: str | None = None  # address of node 0, as the other nodes reach it
@@ -73,6 +74,7 @@ class EngineConfig:
         _check_at_least("max_num_seqs", self.max_num_seqs, 1)
         _check_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _check_at_least("seed", self.seed, 0)
+        _check_at_least("first_device", self.first_device, 0)
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
@@ -102,6 +104,16 @@ class EngineConfig:
     def world_size(self) -> int:
         """All ranks on all nodes. Which rank does what is in ``distributed/layout.py``, checks of ``ep_size`` too."""
         return self.dp_size * self.tp_size
+
+    @property
+    def number_format(self) -> str:
+        """The dtype, and what is computed or cached in fewer bits: "float32", "bfloat16, w8a8, int8 cache"."""
+        parts: list[str] = [self.dtype]
+        if self.quantization != "none":
+            parts.append(self.quantization)
+        if self.kv_cache_dtype != "auto":
+            parts.append(f"{self.kv_cache_dtype} cache")
+        return ", ".join(parts)
 
     def _check_ranks(self) -> None:
         for name in ("tp_size", "dp_size", "nnodes"):

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from argosy import LLM, RequestOutput, SamplingParams
 from argosy.cli.code_version import read_commit
-from argosy.engine.build import resolve_model_directory
+from argosy.engine.model_directory import resolve_model_directory
 
 DECODES = ((1, 128), (8, 128), (32, 128), (1, 512), (8, 512))  # (batch size, prompt length)
 CHECK_LENGTH = 128

@@ -57,6 +57,11 @@ class BlockManager:
         return len(self._free_blank) + len(self._free_hashed)
 
     @property
+    def num_cached_blocks(self) -> int:
+        """Free blocks that still hold a prefix, which ``match_prefix`` may find."""
+        return len(self._free_hashed)
+
+    @property
     def num_usable_blocks(self) -> int:
         """All but the null block."""
         return self.num_blocks - 1

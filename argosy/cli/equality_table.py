@@ -160,7 +160,7 @@ def _cell(ways: Sequence[WayResultLike]) -> str:
 def compare_topologies(config: EngineConfig, options: TableOptions) -> Iterator[RowLike]:
     """The real rows."""
     # Imported here: they bring torch.
-    from argosy.engine.build import resolve_model_directory
+    from argosy.engine.model_directory import resolve_model_directory
     from argosy.engine.tokenizer import Tokenizer
     from argosy.models.deepseek.encoding import encode_messages
     from argosy.validation.number_formats import build_number_format

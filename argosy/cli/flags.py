@@ -12,7 +12,7 @@ import io
 import textwrap
 import tokenize
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -58,7 +58,16 @@ def build_config(config_class: type[ConfigT], flags: object, *, omit: frozenset[
 
 
 def read_field_comments(config_class: type) -> dict[str, str]:
-    """The trailing comment of every annotated field, by field name; without one, the name in words."""
+    """The trailing comment of every annotated field, inherited ones too, by field name; without one, the name in
+    words."""
+    comments: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__):
+        if is_dataclass(owner):
+            comments |= _read_own_comments(owner)
+    return comments
+
+
+def _read_own_comments(config_class: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(config_class))
     comment_by_line = {
         token.start[0]: token.string.lstrip("#").strip()

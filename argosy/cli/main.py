@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from argosy.cli.bench import BenchOptions, run_bench
+from argosy.cli.bench_serve import BenchServeOptions, run_bench_serve
 from argosy.cli.chat import ChatOptions, run_chat
 from argosy.cli.code_version import read_version
 from argosy.cli.demo import DemoOptions, run_demo
@@ -37,6 +38,7 @@ from argosy.cli.invocation import (
 from argosy.cli.language_model import BuildLanguageModel, HostRanks, LanguageModel, build_llm, host_ranks
 from argosy.cli.load_plan import LoadPlanOptions, run_load_plan
 from argosy.cli.quantize import QuantizeOptions, run_quantize
+from argosy.cli.serve import ServeOptions, run_serve
 from argosy.cli.terminal import Terminal, show_stages, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
 from argosy.config import EngineConfig
@@ -81,7 +83,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "demo": Command(options_class=DemoOptions, run=run_demo),
         "eval": Command(options_class=EvalOptions, run=run_eval),
         "validate": Command(options_class=ValidateOptions, run=run_validate),
+        "serve": Command(options_class=ServeOptions, run=run_serve),
         "bench": Command(options_class=BenchOptions, run=run_bench),
+        "bench serve": Command(options_class=BenchServeOptions, run=run_bench_serve, has_engine_flags=False),
         "quantize": Command(options_class=QuantizeOptions, run=run_quantize, has_engine_flags=False),
         "version": Command(options_class=VersionOptions, run=run_version, has_engine_flags=False),
     }
@@ -124,7 +128,7 @@ def main(
     terminal = terminal or system_terminal()
     build_llm = build_llm or partial(_build_llm, terminal)
     name, parsed = parse_arguments(arguments)
-    command, flags = COMMANDS[name], getattr(parsed, name)
+    command, flags = COMMANDS[name], getattr(parsed, _identifier(name))
     try:
         if command.has_engine_flags and parsed.plan.load_plan:
             # Before the command's own options are looked at: a plan needs no prompt.
@@ -154,7 +158,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
     Raises:
         SystemExit: with 0 after ``--help``, with 2 for flags that cannot be parsed.
     """
-    name = arguments[0] if arguments else ""
+    name = " ".join(arguments[:2])
+    if name not in COMMANDS:  # most names are one word
+        name = " ".join(arguments[:1])
     if name not in COMMANDS:
         _explain_commands(arguments)
     command = COMMANDS[name]
@@ -162,7 +168,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         _build_arguments_class(name, command),
         prog=f"argosy {name}",
         description=command.options_class.__doc__,
-        args=list(arguments[1:]),
+        args=list(arguments[len(name.split()) :]),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return name, parsed
@@ -188,12 +194,20 @@ def _terminate(signal_number: int, frame: FrameType | None) -> None:
 def _explain_commands(arguments: Sequence[str]) -> NoReturn:
     """``argosy --help``, or the complaint about a command that does not exist: no command's flags are looked at."""
     without_flags = [
-        Annotated[make_dataclass(name, (), namespace={"__doc__": command.options_class.__doc__}), _subcommand(name)]
+        Annotated[
+            make_dataclass(_identifier(name), (), namespace={"__doc__": command.options_class.__doc__}),
+            _subcommand(name),
+        ]
         for name, command in COMMANDS.items()
     ]
     any_command: Any = reduce(or_, without_flags)
     tyro.cli(any_command, prog="argosy", description=DESCRIPTION, args=list(arguments))
     raise SystemExit(EXIT_USER_ERROR)
+
+
+def _identifier(name: str) -> str:
+    """A command's name as the name of a field or a class: ``bench serve`` has two words."""
+    return name.replace(" ", "_")
 
 
 def _subcommand(name: str) -> object:
@@ -202,7 +216,7 @@ def _subcommand(name: str) -> object:
 
 def _build_arguments_class(name: str, command: Command) -> type:
     """The command's own flags, ``engine`` and ``sampling`` as nested dataclasses; tyro shows each as a group."""
-    groups: list[tuple[str, type, Any]] = [(name, build_flag_class(command.options_class), field())]
+    groups: list[tuple[str, type, Any]] = [(_identifier(name), build_flag_class(command.options_class), field())]
     if command.has_engine_flags:
         groups.append(("engine", build_flag_class(EngineConfig), field()))
         groups.append(("plan", build_flag_class(LoadPlanOptions), field()))

@@ -65,7 +65,7 @@ def run_quantize(options: QuantizeOptions, invocation: Invocation) -> int:
 
 
 def _build_conversion(options: QuantizeOptions) -> "ConversionOptions":
-    from argosy.engine.build import resolve_model_directory
+    from argosy.engine.model_directory import resolve_model_directory
     from argosy.models.deepseek.config import load_model_config
     from argosy.models.deepseek.quantized_modules import build_w8a8_format
     from argosy.quantization.convert import ConversionOptions

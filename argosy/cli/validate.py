@@ -88,7 +88,8 @@ def run_oracle_gates(config: EngineConfig, options: ValidateOptions) -> Iterable
     # Imported here: they bring torch, and transformers, which only this command needs.
     import torch
 
-    from argosy.engine.build import build_engine, resolve_model_directory
+    from argosy.engine.build import build_engine
+    from argosy.engine.model_directory import resolve_model_directory
     from argosy.validation.gates import GateInputs, run_gates
     from argosy.validation.oracle import Oracle
 

@@ -9,21 +9,24 @@ end, so are its ranks.
 import atexit
 import contextlib
 import multiprocessing
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, start_processes
 
+from argosy.distributed.fork_server_start import (
+    SHIELDED_SIGNALS,
+    UNSENT_SIGNAL,
+    end_fork_server,
+    environment_of_ranks,
+    start_fork_server,
+)
 from argosy.distributed.rank_process import (
     LaunchSpec,
     RankContext,
@@ -40,9 +43,6 @@ POLL_S = 0.2
 STORE_POLL_S = 0.5
 STOPPED_MARGIN_S = 1.0  # ranks notice a stopped peer too, and can say more
 UNKNOWN_EXIT_CODE = 1  # of a process that ended before anybody looked
-FORK_SERVER_MODULE = "argosy.distributed.fork_server"
-SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the fork server unblocks them when it is ready to ignore them
-UNSENT_SIGNAL = signal.SIGURG  # nobody sends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ class RankProcesses:
         try:
             if spec.torchrun is None:
                 claim_place(store, "node", spec.node_rank, spec.nnodes)
-            with _environment_of_ranks():
-                _start_fork_server(spec.preload)  # seconds of imports, which Ctrl-C may break off
+            with environment_of_ranks():
+                start_fork_server(spec.preload)  # seconds of imports, which Ctrl-C may break off
                 with _late_signals():  # between a fork and the note of it, nobody could end the rank
                     processes = cls(spec, store, _start_ranks(entry, spec, store.address))
         except BaseException:
@@ -105,7 +105,7 @@ class RankProcesses:
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             if not others:
-                _end_fork_server()
+                end_fork_server()
             store.close()
             raise
         return processes
@@ -276,36 +276,6 @@ def _start_ranks(entry: Callable[[RankContext], None], spec: LaunchSpec, address
         )
 
 
-def _start_fork_server(preload: tuple[str, ...]) -> None:
-    """Imported once, ranks are forked from there: what this process has loaded of ours, they will need too.
-
-    Returns when the imports are done and a fork takes milliseconds.
-    """
-    ours = [name for name in sys.modules if name.startswith("argosy.") and not name.endswith("__main__")]
-    multiprocessing.set_forkserver_preload([FORK_SERVER_MODULE, "torch", __name__, *ours, *preload])
-    resource_tracker.ensure_running()  # NOTE(order): first, for it unblocks the signals
-    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED_SIGNALS)  # the server inherits it
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED_SIGNALS)
-    probe = multiprocessing.get_context("forkserver").Process(target=_become_nothing)
-    probe.start()
-    probe.join()
-
-
-def _become_nothing() -> None:
-    """In a new process, which shows that the fork server can make some."""
-
-
-def _end_fork_server() -> None:
-    """After a start that was broken off in the seconds of its imports."""
-    server: Any = forkserver._forkserver
-    if server._forkserver_pid is not None:
-        os.kill(server._forkserver_pid, signal.SIGKILL)
-        server._stop()
-
-
 def _become_child(entry: Callable[[RankContext], None], seat: RankSeat) -> None:
     """In the new process."""
     for number in SHIELDED_SIGNALS:  # a terminal or service manager sends them to all; the launching process decides
@@ -313,30 +283,6 @@ def _become_child(entry: Callable[[RankContext], None], seat: RankSeat) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the fork server has its own use for it
     die_with_launcher()
     run_seat(entry, seat)
-
-
-@contextlib.contextmanager
-def _environment_of_ranks() -> Iterator[None]:
-    """For processes started within."""
-    warnings_setting = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
-    changes = {
-        # When a peer dies, torch's own stack traces would bury our report.
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-        # torch.distributed.elastic would replace the handlers of the program that uses us, and raise from them.
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": UNSENT_SIGNAL.name,
-        # When this process is killed, Python's resource tracker cleans up after it; that is no news.
-        "PYTHONWARNINGS": ",".join([*warnings_setting, "ignore:resource_tracker"]),
-    }
-    previous = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in previous.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

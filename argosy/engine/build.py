@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from argosy.assets import BUILTIN_MODELS, builtin_model_directory
 from argosy.cache.cache_format import check_cache_format
 from argosy.config import DTypeName, EngineConfig
 from argosy.distributed.layout import ModelSizes, ParallelLayout
@@ -36,6 +35,7 @@ from argosy.engine.build_rank import (
 )
 from argosy.engine.engine_core import EngineCore
 from argosy.engine.memory_use import MemoryUse
+from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.weight_format import choose_quantization
 from argosy.models.deepseek.config import ModelConfig, load_model_config
@@ -72,23 +72,6 @@ class BuiltEngine:
     core: EngineCore
     load_s: float
     memory_use: MemoryUse | None  # of an accelerator
-
-
-def resolve_model_directory(model: str) -> Path:
-    """The directory of a built-in model's name or of a path.
-
-    Raises:
-        ValueError: neither.
-    """
-    if model in BUILTIN_MODELS:
-        return builtin_model_directory(model)
-    directory = Path(model).expanduser()
-    if not directory.is_dir():
-        raise ValueError(
-            f"no such model: {model!r} is neither a directory nor built in ({', '.join(BUILTIN_MODELS)}); "
-            "give a directory with config.json, tokenizer.json and *.safetensors"
-        )
-    return directory
 
 
 def prepare(config: EngineConfig) -> Preparation:
@@ -142,7 +125,14 @@ def build_engine(config: EngineConfig | Preparation, *, on_progress: StartProgre
             f"one process holds one rank, but dp_size ({config.dp_size}) x tp_size ({config.tp_size}) is "
             f"{config.world_size}; set --dp 1 --tp 1"
         )
-    device, dtype = prepared.platform.device(0), DTYPES[config.dtype]
+    num_devices = prepared.platform.num_devices()
+    if num_devices is not None and config.first_device >= num_devices:
+        raise ValueError(
+            f"first_device ({config.first_device}) must be below the number of devices ({num_devices}); "
+            "lower --first-device, or --dp in a server of independent replicas"
+        )
+    device, dtype = prepared.platform.device(config.first_device), DTYPES[config.dtype]
+    prepared.platform.make_current(config.first_device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     on_load, on_trial, on_capture = _split_progress(on_progress)

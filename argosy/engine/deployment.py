@@ -24,6 +24,7 @@ from argosy.engine.meeting_points import DriverHub, open_driver_hub
 from argosy.engine.replica_client import ReplicasClient
 from argosy.engine.replica_messages import Command, ReplicaReady, Report
 from argosy.engine.tokenizer import Tokenizer
+from argosy.engine.wire import AnySpoke
 from argosy.engine.worker import RankSettings, run_worker
 from argosy.models.deepseek.config import ModelConfig
 
@@ -113,15 +114,15 @@ class ProcessLink:
             self.close(is_orderly=False)
             raise error if failure is None else _as_error(failure) from error
 
-    def receive(self, timeout_s: float) -> list[tuple[int, Report]]:
+    def receive(self, timeout_s: float, interrupt: AnySpoke | None = None) -> list[tuple[int, Report]]:
         deadline_s = time.monotonic() + timeout_s
         while True:
             left_s = deadline_s - time.monotonic()
-            reports = self._hub.receive(min(_POLL_S, max(left_s, 0.0)))
+            reports = self._hub.receive(min(_POLL_S, max(left_s, 0.0)), interrupt)
             if reports:
                 return reports
             self._check_processes()
-            if left_s <= 0:
+            if left_s <= 0 or (interrupt is not None and interrupt.wait(0.0)):
                 return []
 
     def close(self, *, is_orderly: bool) -> None:
@@ -240,11 +241,12 @@ def build_spec(prepared: Preparation, place: TorchrunPlace | None) -> LaunchSpec
 
 def _check_devices(prepared: Preparation, num_local_ranks: int) -> None:
     num_devices = prepared.platform.num_devices()
-    if num_devices is not None and num_devices < num_local_ranks:
-        config = prepared.config
+    config = prepared.config
+    if num_devices is not None and num_devices < config.first_device + num_local_ranks:
         raise ValueError(
             f"{num_local_ranks} ranks of this node (of dp_size {config.dp_size} x tp_size {config.tp_size}) need "
-            f"a device each, but there are {num_devices}; lower --dp or --tp, raise --nnodes, or set --device cpu"
+            f"a device each, but there are {num_devices - config.first_device} from number {config.first_device} on; "
+            "lower --dp, --tp or --first-device, raise --nnodes, or set --device cpu"
         )
 
 

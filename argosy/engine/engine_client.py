@@ -10,6 +10,7 @@ from argosy.engine.dp_load_balancer import check_replica
 from argosy.engine.engine_core import EngineCore
 from argosy.engine.replica_loop import build_request
 from argosy.engine.replica_messages import AddRequest, ReplicaStats, UpdateSettings
+from argosy.engine.wire import AnySpoke
 from argosy.messages import FinishReason, TokenDelta
 
 
@@ -29,8 +30,11 @@ class EngineClient(Protocol):
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a request whose end was found in its text; no delta follows."""
 
-    def step(self) -> list[TokenDelta]:
+    def step(self, interrupt: AnySpoke | None = None, timeout_s: float = 0.0) -> list[TokenDelta]:
         """Wait for news of any request, and return it: new tokens, at most a few steps' worth. [] if none is left.
+
+        With an ``interrupt`` also [] when something has arrived there, or after ``timeout_s``; then it waits too if
+        there is no request. Within a step of this process nothing is waited for.
 
         Raises:
             RuntimeError: the engine failed.
@@ -47,6 +51,12 @@ class EngineClient(Protocol):
 
     def collect_stats(self) -> list[ReplicaStats]:
         """By dp rank."""
+
+    def poll_stats(self, *, has_ranks: bool) -> list[ReplicaStats]:
+        """The same without waiting: by dp rank, what arrived last; [] until all have answered once.
+
+        It asks for new ones, ``has_ranks`` for those of all ranks too, which costs a replica a moment.
+        """
 
     def close(self) -> None:
         """End the engine; a second time does nothing."""
@@ -73,7 +83,10 @@ class InProcessClient:
     def finish(self, request_id: str, reason: FinishReason) -> None:
         self.core.finish(request_id, reason)
 
-    def step(self) -> list[TokenDelta]:
+    def step(self, interrupt: AnySpoke | None = None, timeout_s: float = 0.0) -> list[TokenDelta]:
+        if interrupt is not None and not self.core.has_unfinished():
+            interrupt.wait(timeout_s)
+            return []
         return self.core.step()
 
     def has_unfinished(self) -> bool:
@@ -84,6 +97,9 @@ class InProcessClient:
 
     def collect_stats(self) -> list[ReplicaStats]:
         return [self.core.collect_stats()]
+
+    def poll_stats(self, *, has_ranks: bool) -> list[ReplicaStats]:
+        return [self.core.collect_stats(has_ranks=has_ranks)]
 
     def close(self) -> None:
         return None

@@ -5,8 +5,10 @@ One rank agrees with itself and exchanges nothing. Replicas in other processes h
 in flight and no request holds blocks or rows.
 """
 
+import time
 from collections import deque
 
+from argosy.engine.replica_loop import count_replica
 from argosy.engine.replica_messages import RankStats, ReplicaStats, UpdateSettings
 from argosy.engine.request import Request
 from argosy.engine.scheduler import Scheduler
@@ -21,6 +23,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.is_eager = False  # nothing is replayed, even if it was recorded
+        self.step_s = 0.0  # statistics: it only grows
         self._in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()  # oldest first
 
     def add(self, request: Request) -> None:
@@ -49,6 +52,7 @@ class EngineCore:
     def step(self) -> list[TokenDelta]:
         """Start as many steps as may be in flight, then finish the oldest: the new tokens of every request in it."""
         scheduler, in_flight = self.scheduler, self._in_flight
+        started_s = time.monotonic()
         try:
             while len(in_flight) < scheduler.max_steps_in_flight:
                 batch = scheduler.schedule()
@@ -66,6 +70,7 @@ class EngineCore:
             self._forget_steps()
             raise
         self._forget_steps_of_nobody()
+        self.step_s += time.monotonic() - started_s
         return deltas
 
     def update_settings(self, settings: UpdateSettings) -> None:
@@ -79,24 +84,18 @@ class EngineCore:
         if settings.enforce_eager is not None:
             self.is_eager = settings.enforce_eager
 
-    def collect_stats(self) -> ReplicaStats:
-        scheduler = self.scheduler
-        return ReplicaStats(
-            num_steps=scheduler.num_steps,
-            num_dummy_steps=0,
-            num_scheduled_tokens=scheduler.num_scheduled_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_agreements=0,
-            coordination_s=0.0,
-            ranks=[
-                RankStats(
-                    rank=0,
-                    bytes_sent={},
-                    tokens_per_expert=self.runner.model.expert_load.local_counts(),
-                    num_replays=self.runner.num_replays,
-                    num_late_compilations=self.runner.compilations.num_compilations,
-                )
-            ],
+    def collect_stats(self, *, has_ranks: bool = True) -> ReplicaStats:
+        """NOTE(sync): ``has_ranks`` reads the experts' counters from the device."""
+        return count_replica(self.scheduler, step_s=self.step_s, ranks=[self._count_rank()] if has_ranks else [])
+
+    def _count_rank(self) -> RankStats:
+        runner = self.runner
+        return RankStats(
+            rank=0,
+            bytes_sent={},
+            tokens_per_expert=runner.model.expert_load.local_counts(),
+            num_replays=runner.num_replays,
+            num_late_compilations=runner.compilations.num_compilations,
         )
 
     def _forget_steps_of_nobody(self) -> None:

@@ -15,7 +15,17 @@ from argosy.config import EngineConfig
 
 # Places and resources of one machine; the address is checked by meeting there.
 _LOCAL_FIELDS = frozenset(
-    {"model", "tokenizer", "num_threads", "node_rank", "master_addr", "master_port", "flight_recorder_dir", "device"}
+    {
+        "model",
+        "tokenizer",
+        "num_threads",
+        "first_device",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "flight_recorder_dir",
+        "device",
+    }
 )
 _SAMPLE_BYTES = 2**16  # of every shard: the whole would take as long as loading it
 

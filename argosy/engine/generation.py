@@ -78,6 +78,7 @@ class LLM:
         tp_size: int = 1,
         dp_size: int = 1,
         ep_size: int | None = None,
+        first_device: int = 0,
         nnodes: int = 1,
         node_rank: int = 0,
         master_addr: str | None = None,
@@ -115,6 +116,7 @@ class LLM:
             tp_size=tp_size,
             dp_size=dp_size,
             ep_size=ep_size,
+            first_device=first_device,
             nnodes=nnodes,
             node_rank=node_rank,
             master_addr=master_addr,
@@ -184,14 +186,7 @@ class LLM:
 
     @property
     def number_format(self) -> str:
-        """The dtype, and what is computed or cached in fewer bits: "float32", "bfloat16, w8a8, int8 cache"."""
-        config = self._settings
-        parts: list[str] = [config.dtype]
-        if config.quantization != "none":
-            parts.append(config.quantization)
-        if config.kv_cache_dtype != "auto":
-            parts.append(f"{config.kv_cache_dtype} cache")
-        return ", ".join(parts)
+        return self._settings.number_format
 
     @property
     def device_name(self) -> str:

@@ -53,12 +53,14 @@ class OutputProcessor:
         arrival_s: float,
         *,
         is_streamed: bool = True,
+        is_delta: bool = False,
     ) -> list[ChildRequest]:
         """Registers a user's request and returns the engine requests to start for it.
 
         Args:
             arrival_s: ``time.monotonic`` seconds, as every time here.
             is_streamed: False gives one output, at the end, instead of one per step.
+            is_delta: outputs hold only what is new since the one before, and only completions with news.
 
         Raises:
             ValueError: the id, or that of a child, is in use.
@@ -73,6 +75,7 @@ class OutputProcessor:
             prompt_token_ids=prompt_token_ids,
             arrival_s=arrival_s,
             is_streamed=is_streamed,
+            is_delta=is_delta,
             num_unfinished=len(children),
         )
         stop = StopMatcher(sampling_params.stop) if sampling_params.stop else ()  # one for all children
@@ -148,6 +151,7 @@ class _UserRequest:
     prompt_token_ids: list[int]
     arrival_s: float
     is_streamed: bool
+    is_delta: bool
     num_unfinished: int
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -158,11 +162,16 @@ class _UserRequest:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion.build_output() for completion in self.completions],
+            outputs=self._build_outputs(),
             finished=self.num_unfinished == 0,
             metrics=RequestMetrics(self.arrival_s, self.first_token_s, self.finished_s),
             num_cached_tokens=self.completions[0].num_cached_tokens,  # later children find what the first one computed
         )
+
+    def _build_outputs(self) -> list[CompletionOutput]:
+        if self.is_delta:
+            return [completion.build_delta() for completion in self.completions if completion.has_news]
+        return [completion.build_output() for completion in self.completions]
 
 
 class _Completion:
@@ -173,9 +182,12 @@ class _Completion:
         "_detokenizer",
         "_index",
         "_logprobs",
+        "_num_told_characters",
+        "_num_told_tokens",
         "_shows_stop_token",
         "_stop_reason",
         "finish_reason",
+        "has_news",
         "num_cached_tokens",
         "request",
         "request_id",
@@ -191,6 +203,9 @@ class _Completion:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.num_cached_tokens = 0
+        self.has_news = False
+        self._num_told_tokens = 0
+        self._num_told_characters = 0
         self._index = child.index
         self._stop_reason: int | str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
@@ -202,6 +217,7 @@ class _Completion:
 
     def apply(self, delta: TokenDelta) -> None:
         detokenizer = self._detokenizer
+        self.has_news = True
         new_ids = delta.new_token_ids
         num_before = len(self.token_ids)
         # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
@@ -229,6 +245,22 @@ class _Completion:
             cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
             logprobs=None if logprobs is None else logprobs.copy(),
         )
+
+    def build_delta(self) -> CompletionOutput:
+        """What came since the last call; ``cumulative_logprob`` stays that of all tokens."""
+        text, logprobs = self._detokenizer.text, self._logprobs
+        output = CompletionOutput(
+            index=self._index,
+            text=text[self._num_told_characters :],
+            token_ids=self.token_ids[self._num_told_tokens :],
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+            stop_reason=self._stop_reason,
+            cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
+            logprobs=None if logprobs is None else logprobs[self._num_told_tokens :],
+        )
+        self._num_told_characters, self._num_told_tokens = len(text), len(self.token_ids)
+        self.has_news = False
+        return output
 
     def _add_logprobs(self, new_logprobs: list[TokenLogprobs] | None, num_tokens: int) -> None:
         if self._logprobs is None or num_tokens == 0:

@@ -29,6 +29,7 @@ from argosy.engine.replica_messages import (
     Wake,
 )
 from argosy.engine.request import check_fits_cache
+from argosy.engine.wire import AnySpoke
 from argosy.messages import FinishReason, TokenDelta
 
 ORDERLY_END_S = 2.0  # how long leaders may take to fall asleep before they are ended anyway
@@ -43,8 +44,8 @@ class ReplicaLink(Protocol):
 
     def send(self, dp_rank: int, command: Command) -> None: ...
 
-    def receive(self, timeout_s: float) -> list[tuple[int, Report]]:
-        """What has arrived, by dp rank; waits for something until the timeout.
+    def receive(self, timeout_s: float, interrupt: AnySpoke | None = None) -> list[tuple[int, Report]]:
+        """What has arrived, by dp rank; waits for something until the timeout, or until ``interrupt`` has something.
 
         Raises:
             RuntimeError: a rank has failed; all processes are gone by then.
@@ -69,6 +70,7 @@ class ReplicasClient:
         self._sleeps_before: list[int | None] = [0] * link.num_replicas  # by dp rank; None: awake
         self._deltas: list[TokenDelta] = []  # arrived while something else was waited for
         self._stats: dict[int, ReplicaStats] = {}
+        self._asked_for_stats: set[int] = set()  # leaders whose answer is on its way
         self._is_open = True
         self.largest_imbalance = 1.0  # of the tokens in flight, seen at any step
 
@@ -86,7 +88,7 @@ class ReplicasClient:
         checked = build_request(request, ())
         checked.limit_length(self._max_model_len)
         check_fits_cache(checked, self._block_size, self._num_usable_blocks)
-        dp_rank = self._balancer.add(request.request_id, checked.num_prompt_tokens, data_parallel_rank)
+        dp_rank = self._balancer.add(request.request_id, checked.num_tokens, data_parallel_rank)
         self._link.send(dp_rank, request)
 
     def abort(self, request_id: str) -> None:
@@ -99,10 +101,14 @@ class ReplicasClient:
         if dp_rank is not None and self._is_open:
             self._link.send(dp_rank, FinishRequest(request_id, reason))
 
-    def step(self) -> list[TokenDelta]:
+    def step(self, interrupt: AnySpoke | None = None, timeout_s: float = 0.0) -> list[TokenDelta]:
         self._check_open()
         self.largest_imbalance = max(self.largest_imbalance, self._balancer.imbalance)
-        while self._balancer.num_requests and not self._deltas:
+        if interrupt is not None and not self._deltas:
+            if self._balancer.num_requests:
+                self._wake_sleepers()
+            self._pump(timeout_s, interrupt)
+        while interrupt is None and self._balancer.num_requests and not self._deltas:
             self._wake_sleepers()
             self._pump()
         deltas, self._deltas = self._deltas, []
@@ -125,11 +131,21 @@ class ReplicasClient:
         self._check_open()
         if not self.has_unfinished():
             self._pump_until(lambda: self.are_all_asleep)  # so that all replicas have counted the same steps
+        self._pump_until(lambda: not self._asked_for_stats)
         self._stats = {}
         for dp_rank in range(self._link.num_replicas):
             self._link.send(dp_rank, CollectStats())
         self._pump_until(lambda: len(self._stats) == self._link.num_replicas)
         return [self._stats[dp_rank] for dp_rank in range(self._link.num_replicas)]
+
+    def poll_stats(self, *, has_ranks: bool) -> list[ReplicaStats]:
+        self._check_open()
+        dp_ranks = range(self._link.num_replicas)
+        for dp_rank in dp_ranks:
+            if dp_rank not in self._asked_for_stats:  # a leader in a long step is asked once
+                self._link.send(dp_rank, CollectStats(has_ranks))
+                self._asked_for_stats.add(dp_rank)
+        return [self._stats[dp_rank] for dp_rank in dp_ranks] if len(self._stats) == len(dp_ranks) else []
 
     def close(self) -> None:
         """Aborts what is unfinished. Leaders that fall asleep in time are told to end; the others are ended."""
@@ -173,9 +189,9 @@ class ReplicasClient:
         while not is_done():
             self._pump()
 
-    def _pump(self, timeout_s: float = _RECEIVE_S) -> None:
+    def _pump(self, timeout_s: float = _RECEIVE_S, interrupt: AnySpoke | None = None) -> None:
         try:
-            reports = self._link.receive(timeout_s)
+            reports = self._link.receive(timeout_s, interrupt)
         except RuntimeError:
             self._is_open = False  # all processes are gone
             self._link.close(is_orderly=False)
@@ -192,6 +208,7 @@ class ReplicasClient:
                 self._sleeps_before[dp_rank] = step
             case ReplicaStats():
                 self._stats[dp_rank] = report
+                self._asked_for_stats.discard(dp_rank)
             case ReplicaReady():
                 raise RuntimeError(f"replica {dp_rank} started again; its requests are lost, restart the engine")
 

@@ -7,6 +7,7 @@ after an agreement that nobody has work, so all leaders sleep before the same st
 ``Wake``, which all of them get, ends the sleep. No leader can wait alone in a collective.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -80,6 +81,7 @@ class ReplicaLoop:
         self.is_stopped = False
         self.num_dummy_steps = 0
         self._recordings = policy.recordings  # all there are, also while none is to be replayed
+        self.step_s = 0.0  # statistics: it only grows
         self._executor = executor
         self._eos_token_ids = eos_token_ids
         self._coordinator = coordinator
@@ -104,8 +106,8 @@ class ReplicaLoop:
                 self._wake(step)
             case UpdateSettings():
                 self._update_settings(command)
-            case CollectStats():
-                self._report(self._collect_stats())
+            case CollectStats(has_ranks):
+                self._report(self._collect_stats(has_ranks))
             case Shutdown():
                 self._executor.shut_down()
                 self.is_stopped = True
@@ -113,10 +115,12 @@ class ReplicaLoop:
     def propose(self) -> StepProposal:
         """Schedule the next step. ``carry_out`` must follow before any command."""
         assert not self.is_asleep and self._batch is None
+        started_s = time.monotonic()
         self._batch = self.scheduler.schedule()
         if self._batch.is_empty and self._in_flight:
             self._finish_oldest()  # nothing can be planned before it is known
             self._batch = self.scheduler.schedule()
+        self.step_s += time.monotonic() - started_s
         return StepProposal(self.step, self._batch.num_tokens, self._batch.decode_length)
 
     def carry_out(self, agreement: StepAgreement) -> None:
@@ -124,6 +128,11 @@ class ReplicaLoop:
         assert self._batch is not None and agreement.step == self.step
         batch, self._batch = self._batch, None
         self.step += 1
+        started_s = time.monotonic()
+        self._carry_out(batch, agreement)
+        self.step_s += time.monotonic() - started_s
+
+    def _carry_out(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         if not batch.is_empty:
             self._executor.start(batch, agreement)
             self._in_flight.append(batch)
@@ -167,16 +176,45 @@ class ReplicaLoop:
             ll_max_tokens_per_rank=policy.ll_max_tokens_per_rank if ll_max is None else ll_max,
         )
 
-    def _collect_stats(self) -> ReplicaStats:
-        return ReplicaStats(
-            num_steps=self.scheduler.num_steps,
+    def _collect_stats(self, has_ranks: bool) -> ReplicaStats:
+        return count_replica(
+            self.scheduler,
             num_dummy_steps=self.num_dummy_steps,
-            num_scheduled_tokens=self.scheduler.num_scheduled_tokens,
-            num_preemptions=self.scheduler.num_preemptions,
             num_agreements=self._coordinator.num_agreements,
             coordination_s=self._coordinator.coordination_s,
-            ranks=self._executor.collect_stats(),
+            step_s=self.step_s,
+            ranks=self._executor.collect_stats() if has_ranks else [],
         )
+
+
+def count_replica(
+    scheduler: Scheduler,
+    *,
+    num_dummy_steps: int = 0,
+    num_agreements: int = 0,
+    coordination_s: float = 0.0,
+    step_s: float,
+    ranks: list[RankStats],
+) -> ReplicaStats:
+    """What a replica's scheduler knows, beside what is given."""
+    blocks = scheduler.block_manager
+    return ReplicaStats(
+        num_steps=scheduler.num_steps,
+        num_dummy_steps=num_dummy_steps,
+        num_scheduled_tokens=scheduler.num_scheduled_tokens,
+        num_preemptions=scheduler.num_preemptions,
+        num_agreements=num_agreements,
+        coordination_s=coordination_s,
+        ranks=ranks,
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        blocks_total=blocks.num_usable_blocks,
+        blocks_used=blocks.num_usable_blocks - blocks.num_free_blocks,
+        blocks_cached=blocks.num_cached_blocks,
+        num_queried_tokens=scheduler.num_queried_tokens,
+        num_cached_tokens=scheduler.num_cached_tokens,
+        step_s=step_s,
+    )
 
 
 def build_request(command: AddRequest, eos_token_ids: tuple[int, ...]) -> Request:
@@ -188,4 +226,5 @@ def build_request(command: AddRequest, eos_token_ids: tuple[int, ...]) -> Reques
         eos_token_ids,
         priority=command.priority,
         cache_salt=command.cache_salt,
+        output_token_ids=command.output_token_ids,
     )

@@ -23,6 +23,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     sampling_params: SamplingParams
     priority: int = 0  # lower runs first
     cache_salt: str | None = None  # requests with different salts share no cache blocks
+    output_token_ids: list[int] = []  # emitted by another engine that died: go on behind them, report only new tokens
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -54,6 +55,8 @@ class UpdateSettings(msgspec.Struct, frozen=True, tag=True):
 
 class CollectStats(msgspec.Struct, frozen=True, tag=True):
     """Asks for ``ReplicaStats``; a leader passes it on to its ranks, which answer with ``RankStats``."""
+
+    has_ranks: bool = True  # False: of the leader's own books alone, which costs the replica nothing
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -103,7 +106,15 @@ class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
     num_preemptions: int
     num_agreements: int
     coordination_s: float  # spent agreeing, which includes waiting for slower replicas
-    ranks: list[RankStats]
+    ranks: list[RankStats]  # [] if not asked for
+    num_running: int = 0  # now, as all below that do not say since
+    num_waiting: int = 0
+    blocks_total: int = 0  # without the null block; each is used, cached or blank
+    blocks_used: int = 0
+    blocks_cached: int = 0  # held by no request, but with a prefix that the next may want
+    num_queried_tokens: int = 0  # since the start: looked up in the prefix cache,
+    num_cached_tokens: int = 0  # and found there
+    step_s: float = 0.0  # since the start: spent in steps, without agreeing on them
 
 
 # --- leader -> the other ranks of its replica -------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Request:
     """A prompt, its sampling settings and its output so far.
 
     ``priority``: lower runs first. Requests with different ``cache_salt`` never share cache blocks.
+    ``output_token_ids``: what it has said already, in another engine; here it goes on as after a preemption.
     """
 
     __slots__ = (
@@ -79,14 +80,15 @@ class Request:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
         self.eos_token_ids = eos_token_ids
         self.priority = priority
         self.cache_salt = cache_salt
-        self.all_token_ids = list(prompt_token_ids)  # prompt, then output
-        self.num_prompt_tokens = len(self.all_token_ids)
+        self.all_token_ids = [*prompt_token_ids, *output_token_ids]  # prompt, then output
+        self.num_prompt_tokens = len(prompt_token_ids)
         ends = () if sampling_params.ignore_eos else eos_token_ids
         self.stopping_token_ids = frozenset((*ends, *sampling_params.stop_token_ids))
 
@@ -141,6 +143,11 @@ class Request:
             )
         max_output_tokens = self.sampling_params.max_tokens or max_model_len
         self.max_total_tokens = min(self.num_prompt_tokens + max_output_tokens, max_model_len)
+        if self.num_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"the request has {self.num_output_tokens} output tokens already, and its limit is "
+                f"{self.max_total_tokens - self.num_prompt_tokens}: it is over"
+            )
 
     def set_num_slots(self, block_size: int) -> None:
         """After a change of ``block_ids``."""

@@ -53,7 +53,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_steps = 0  # statistics: they only grow
         self.num_scheduled_tokens = 0
-        self.num_cached_tokens = 0
+        self.num_queried_tokens = self.num_cached_tokens = 0  # looked up in the prefix cache, and found there
         self.num_preemptions = 0
         self._waiting = WaitingQueue()
         self._requests: dict[str, Request] = {}  # every unfinished request
@@ -295,6 +295,7 @@ class Scheduler:
         request.num_published_blocks = len(matched)
         if request.status is RequestStatus.WAITING:  # after a preemption, its own tokens are no saving to report
             request.num_cached_tokens = num_computed
+        self.num_queried_tokens += request.num_tokens
         self.num_cached_tokens += num_computed
         request.row = heapq.heappop(self._free_rows)
         request.status = RequestStatus.RUNNING

@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import zmq
@@ -67,8 +67,24 @@ class Hub(Generic[SentT, ReceivedT]):
             except zmq.ZMQError as error:
                 raise RuntimeError(f"cannot send to process {peer}: {error}; it has ended") from error
 
-    def receive(self, timeout_s: float) -> list[tuple[int, ReceivedT]]:
-        """All that has arrived, with the peers' numbers; waits for the first until the timeout."""
+    def fileno(self) -> int:
+        """For an event loop: readable when something may have arrived.
+
+        It tells once, not for every message: call ``receive(0.0)`` then, and also after every ``send``, which may
+        use the signal up.
+        """
+        return int(self._socket.FD)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._socket.closed
+
+    def receive(self, timeout_s: float, interrupt: "AnySpoke | None" = None) -> list[tuple[int, ReceivedT]]:
+        """All that has arrived, with the peers' numbers; waits for the first until the timeout, or until something has
+        arrived at ``interrupt``."""
+        if interrupt is not None:
+            _wait_for_any((self._socket, interrupt.socket), timeout_s)
+            timeout_s = 0.0
         return [(int(peer), self._decoder.decode(data)) for peer, data in _drain(self._socket, timeout_s)]
 
     def receive_from(self, peers: tuple[int, ...], timeout_s: float) -> dict[int, ReceivedT]:
@@ -116,9 +132,27 @@ class Spoke(Generic[SentT, ReceivedT]):
         frames = _drain(self._socket, None if waits else 0.0)
         return [self._decoder.decode(data) for (data,) in frames]
 
+    def wait(self, timeout_s: float) -> bool:
+        """Until something has arrived; whether it has."""
+        return bool(self._socket.poll(max(0, int(timeout_s * 1000))))
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """For waiting only."""
+        return self._socket
+
     def close(self) -> None:
         """Waits a moment for messages that are still to go out."""
         self._context.destroy(linger=_LINGER_MS)
+
+
+class AnySpoke(Protocol):
+    """A spoke, whatever it carries, to wait for."""
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]": ...
+
+    def wait(self, timeout_s: float) -> bool: ...
 
 
 def own_address_towards(host: str) -> str:
@@ -153,6 +187,13 @@ def _choose_endpoint(host: str | None) -> str:
 
 def _identity(peer: int) -> bytes:
     return str(peer).encode()
+
+
+def _wait_for_any(sources: "tuple[zmq.Socket[bytes], ...]", timeout_s: float) -> None:
+    poller = zmq.Poller()
+    for source in sources:
+        poller.register(source, zmq.POLLIN)
+    poller.poll(max(0, int(timeout_s * 1000)))
 
 
 def _drain(source: "zmq.Socket[bytes]", timeout_s: float | None) -> Iterator[list[bytes]]:

@@ -23,7 +23,6 @@ from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import RankContext
 from argosy.distributed.recordings import NO_RECORDINGS, RecordingTable
 from argosy.distributed.self_test import run_self_test
-from argosy.engine.build import resolve_model_directory
 from argosy.engine.build_rank import (
     DTYPES,
     build_graphs,
@@ -38,6 +37,7 @@ from argosy.engine.build_rank import (
     warm_up_kernels,
 )
 from argosy.engine.meeting_points import PlanHub, PlanSpoke, connect_to_driver, connect_to_leader, open_plan_hub
+from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.replica_loop import ReplicaLoop
 from argosy.engine.replica_messages import RankHello, RankStats, ReplicaReady
 from argosy.engine.replica_ranks import ReplicaRanks, follow_leader
@@ -88,8 +88,8 @@ class RankWorker:
         config, phases, local_rank = self._config, self._context.phases, self._context.local_rank
         torch.set_num_threads(config.num_threads or max(1, num_usable_cores() // self._settings.num_local_ranks))
         platform = self._platform
-        platform.make_current(local_rank)
-        device = platform.device(local_rank)
+        platform.make_current(config.first_device + local_rank)
+        device = platform.device(config.first_device + local_rank)
         directory = resolve_model_directory(config.model)
         model_config = load_model_config(directory)
         with phases.run("fingerprints"):

@@ -21,6 +21,7 @@ from argosy.messages import ScheduledBatch
 from argosy.models.deepseek.model import DeepseekV32Model
 from argosy.runner.batch_builder import BatchBuilder
 from argosy.runner.row_table import RowTable
+from argosy.runner.sampling_ops import argmax
 from argosy.runner.workspace import plan_trial
 
 Trial = tuple[tuple[int, int], ...]  # computed and scheduled tokens of each request, decodes first
@@ -74,7 +75,8 @@ def warm_up(
     exchange_of: ExchangeOf,
     on_trial: OnTrial | None = None,
 ) -> None:
-    """Runs the trials through one layer of each kind, and the head. Collective over the replica and over ep."""
+    """Runs the trials through one layer of each kind, the head and a greedy choice. Collective over the replica and
+    over ep."""
     device, num_layers = rotary.cos.device, model.num_distinct_layers
     cache = MLAKVCache(cache_format, num_layers=num_layers, num_blocks=1, block_size=block_size, device=device)
     for i, trial in enumerate(trials):
@@ -84,7 +86,7 @@ def warm_up(
         )
         hidden_states = model(built.forward, cache, num_layers)
         rows = built.forward.logits_indices
-        model.compute_logits(model.take_rows(hidden_states, rows, built.forward.num_tokens))
+        argmax(model.compute_logits(model.take_rows(hidden_states, rows, built.forward.num_tokens)))
         if on_trial is not None:
             on_trial(i + 1, len(trials))
 

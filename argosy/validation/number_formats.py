@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from argosy.config import EngineConfig
-from argosy.engine.build import resolve_model_directory
+from argosy.engine.model_directory import resolve_model_directory
 from argosy.models.deepseek.config import load_model_config
 from argosy.models.deepseek.quantized_modules import build_w8a8_format
 from argosy.quantization.convert import ConversionOptions, convert_checkpoint

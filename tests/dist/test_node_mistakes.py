@@ -154,9 +154,23 @@ class TwoCards(CpuPlatform):
         return 2
 
 
-@pytest.mark.parametrize("flags", [("--tp", "4"), ("--dp", "2", "--tp", "2")])
-def test_more_ranks_than_devices_is_a_user_error(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--tp", "4"), r"4 ranks of this node .* need a device each, but there are 2 from number 0 on; lower --dp"),
+        (("--dp", "2", "--tp", "2"), r"4 ranks of this node .* but there are 2 from number 0 on"),
+        (("--tp", "2", "--first-device", "1"), r"2 ranks of this node .* but there are 1 from number 1 on"),
+        (
+            ("--first-device", "2"),
+            r"first_device \(2\) must be below the number of devices \(2\); lower --first-device",
+        ),
+        (("--first-device", "-1"), r"first_device must be an integer >= 0, got -1"),
+    ],
+)
+def test_more_ranks_than_devices_is_a_user_error(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], complaint: str
+) -> None:
     monkeypatch.setattr("argosy.engine.build.select_platform", lambda device: TwoCards())
     code, errors = run_here(*SETTINGS, *flags)
     assert code == 2, errors
-    assert "4 ranks of this node" in errors and "need a device each, but there are 2; lower --dp or --tp" in errors
+    assert re.search(complaint, errors), errors

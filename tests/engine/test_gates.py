@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from argosy import EngineConfig
-from argosy.engine.build import build_engine, resolve_model_directory
+from argosy.engine.build import build_engine
+from argosy.engine.model_directory import resolve_model_directory
 from argosy.validation.gates import GateInputs, GateResult, run_gates
 from argosy.validation.oracle import Oracle
 

@@ -16,6 +16,7 @@ from argosy.distributed.dp_coord import ExchangePolicy, StepAgreement, StepPropo
 from argosy.engine.replica_loop import ReplicaLoop
 from argosy.engine.replica_messages import Command, RankStats, Report
 from argosy.engine.scheduler import Scheduler
+from argosy.engine.wire import AnySpoke
 from argosy.messages import ScheduledBatch, StepOutput
 from tests.helpers.scheduler_simulation import EOS_TOKEN_ID, FakeRunner
 
@@ -85,9 +86,11 @@ class SimulatedLink:
     def send(self, dp_rank: int, command: Command) -> None:
         self._commands[dp_rank].append(msgspec.msgpack.encode(command))
 
-    def receive(self, timeout_s: float) -> list[tuple[int, Report]]:
+    def receive(self, timeout_s: float, interrupt: AnySpoke | None = None) -> list[tuple[int, Report]]:
         received: list[tuple[int, Report]] = []
         while not received or self._rng.random() < 0.3:
+            if interrupt is not None and (not self._can_move() or self._rng.random() < 0.1):
+                break  # interrupted, or the time is over
             assert received or self._can_move(), f"hang: {self._describe()}"
             if not received and self._rng.random() < 0.05:
                 break  # the timeout
@@ -95,6 +98,10 @@ class SimulatedLink:
                 break
             received += self._move()
         return received
+
+    def num_questions_waiting(self) -> list[int]:
+        """Of ``CollectStats``, by dp rank, that the leader has not heard."""
+        return [sum(b"CollectStats" in command for command in commands) for commands in self._commands]
 
     def close(self, *, is_orderly: bool) -> None:
         while is_orderly and self._can_move():

@@ -29,7 +29,7 @@ def test_every_engine_setting_is_a_flag_with_its_comment_as_help() -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        parse_arguments([command, "--help"])
+        parse_arguments([*command.split(), "--help"])
     assert exit_info.value.code == 0
     assert COMMANDS[command].options_class.__doc__ in " ".join(capsys.readouterr().out.split())
 
@@ -109,7 +109,7 @@ def test_bad_value_is_one_line_and_exit_code_2() -> None:
     assert written(terminal.stdout) == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["generate", "Hi", "--block-siz", "3"], ["generate", "--n", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["swim"], ["generate", "Hi", "--block-siz", "3"], ["generate", "--n", "x"]])
 def test_unparsable_flags_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         parse_arguments(arguments)

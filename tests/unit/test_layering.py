@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # each other; separate entries may not.
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"cli"}),),
-    (frozenset({"server"}), frozenset({"validation"})),
+    (frozenset({"server"}), frozenset({"validation"}), frozenset({"loadtest"})),
     (frozenset({"engine"}),),
     (frozenset({"runner"}), frozenset({"disagg"})),
     (frozenset({"models"}),),
@@ -51,6 +51,16 @@ PURE_MODULES = (
     "argosy.distributed.layout",
     "argosy.distributed.dp_coord",
     "argosy.distributed.recordings",
+    "argosy.engine.deployment_stats",
+    "argosy.engine.wire",
+    "argosy.server.child_process",
+    "argosy.server.engine_messages",
+    "argosy.server.engine_pool",
+    "argosy.server.engine_process",
+    "argosy.server.engine_seat",
+    "argosy.server.launch_plan",
+    "argosy.server.run",
+    "argosy.loadtest.client",
 )
 PURE_PACKAGES = ("argosy.cli",)  # functions may import torch there; the modules may not
 
@@ -73,7 +83,14 @@ RESERVED: Mapping[str, tuple[str, ...]] = {
     "yaml": (),
 }
 # Imports inside functions: the command line (a fast start), the front door, and what needs an optional package.
-LAZY_IMPORTERS = ("argosy.cli", "argosy.validation", "argosy.platforms", "argosy.kernels")
+# An engine process says that it lives before it imports torch.
+LAZY_IMPORTERS = (
+    "argosy.cli",
+    "argosy.validation",
+    "argosy.platforms",
+    "argosy.kernels",
+    "argosy.server.engine_process",
+)
 FORBIDDEN_CALLS = ("eval", "exec", "__import__")
 
 

@@ -28,11 +28,21 @@ def _build(
     return client, link
 
 
+class _Interrupt:
+    """A spoke for whom the link decides when it has something."""
+
+    socket = None  # type: ignore[var-annotated]
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
 class _User:
     """Adds, aborts and finishes requests, and keeps what it was told of each."""
 
-    def __init__(self, client: ReplicasClient, rng: random.Random) -> None:
+    def __init__(self, client: ReplicasClient, rng: random.Random, interrupt: _Interrupt | None = None) -> None:
         self.client = client
+        self.interrupt = interrupt
         self.rng = rng
         self.prompts: dict[str, list[int]] = {}
         self.received: dict[str, list[int]] = {}
@@ -66,7 +76,7 @@ class _User:
                 self.step()
 
     def step(self) -> None:
-        for delta in self.client.step():
+        for delta in self.client.step(self.interrupt, 1.0):  # type: ignore[arg-type]
             assert delta.request_id in self.unfinished, f"news of {delta.request_id}, which is over"
             self.received[delta.request_id] += delta.new_token_ids
             if delta.finish_reason is not None:
@@ -109,6 +119,35 @@ def test_a_leader_starts_a_step_before_it_asks_for_the_last_only_if_told_to(asyn
         user.add(0)
     user.run_to_the_end()
     assert [ranks.most_in_flight for ranks in link.ranks] == [1 + async_scheduling, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, num_replicas=st.integers(1, 4), async_scheduling=st.booleans())
+def test_interrupted_waits_and_questions_about_counters_lose_nothing(
+    seed: int, num_replicas: int, async_scheduling: bool
+) -> None:
+    rng = random.Random(seed)
+    client, link = _build(num_replicas, rng, async_scheduling)
+    user = _User(client, rng, _Interrupt())
+    assert client.poll_stats(has_ranks=True) == []  # asked for, not there yet
+    for _ in range(30):
+        user.act(num_replicas)
+        if rng.random() < 0.3:
+            stats = client.poll_stats(has_ranks=rng.random() < 0.5)
+            assert len(stats) in (0, num_replicas)
+            assert max(link.num_questions_waiting()) <= 1  # no leader is asked again before it has answered
+    user.run_to_the_end()
+    for i, (name, prompt) in enumerate(user.prompts.items()):
+        expected, _, _ = generate_alone(prompt, _params(i), MAX_MODEL_LEN)
+        assert name in user.ended_here or user.received[name] == expected
+    stats = client.collect_stats()
+    assert [each.num_scheduled_tokens for each in stats] == [loop.scheduler.num_scheduled_tokens for loop in link.loops]
+    assert all(each.ranks and each.blocks_used == each.num_running == each.num_waiting == 0 for each in stats)
+    client.poll_stats(has_ranks=False)
+    while client.poll_stats(has_ranks=False)[0].ranks:
+        client.step(user.interrupt)  # type: ignore[arg-type]
+    client.close()
+    assert link.is_closed_orderly
 
 
 @settings(max_examples=60, deadline=None)

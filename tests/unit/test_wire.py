@@ -1,5 +1,8 @@
 """Messages between processes: complete, in order, for those who know the key; a peer that is not there is an error."""
 
+import asyncio
+import time
+
 import msgspec
 import pytest
 import zmq
@@ -82,3 +85,57 @@ def test_who_does_not_know_the_key_is_not_heard() -> None:
     context.destroy(linger=0)
     impostor.close()
     hub.close()
+
+
+def test_a_spoke_interrupts_the_wait_of_a_hub() -> None:
+    """Whichever has something first ends the wait, though they belong to different contexts."""
+    waiting, other = _hub(None), _hub(None)
+    spoke, interrupt = _spoke(waiting, 0), _spoke(other, 0)
+    spoke.send(Idle(1))
+    interrupt.send(Idle(2))  # so that the other hub knows it
+    assert waiting.receive(5.0) == [(0, Idle(1))]
+    assert other.receive(5.0) == [(0, Idle(2))]
+    started_s = time.monotonic()
+    assert waiting.receive(0.2, interrupt) == [] and time.monotonic() - started_s >= 0.19
+    other.send(0, Wake(3))
+    assert interrupt.wait(5.0)
+    started_s = time.monotonic()
+    assert waiting.receive(5.0, interrupt) == [] and time.monotonic() - started_s < 1.0
+    assert interrupt.receive(waits=False) == [Wake(3)]
+    assert not interrupt.wait(0.0)
+    spoke.send(Idle(4))
+    assert waiting.receive(5.0, interrupt) == [(0, Idle(4))]
+    for end in (spoke, interrupt, waiting, other):
+        end.close()
+    assert waiting.is_closed
+
+
+def test_an_event_loop_hears_everything_though_it_is_told_once() -> None:
+    """While it sends too, which may use the signal up."""
+    hub = _hub(None)
+    spokes = [_spoke(hub, peer) for peer in range(4)]
+    for spoke in spokes:
+        spoke.send(Idle(-1))
+    assert len(hub.receive_from((0, 1, 2, 3), 5.0)) == 4
+    heard: list[tuple[int, Report]] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(hub.fileno(), lambda: heard.extend(hub.receive(0.0)))
+        for step in range(200):
+            for spoke in spokes:
+                spoke.send(Idle(step))
+            hub.send(step % 4, Wake(step))
+            loop.call_soon(lambda: heard.extend(hub.receive(0.0)))
+            if step % 7 == 0:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(10.0):
+            while len(heard) < 800:
+                await asyncio.sleep(0.001)
+        loop.remove_reader(hub.fileno())
+
+    asyncio.run(run())
+    for peer in range(4):
+        assert [report for sender, report in heard if sender == peer] == [Idle(step) for step in range(200)]
+    for end in (*spokes, hub):
+        end.close()

@@ -1,0 +1,1 @@
+"""Load on any OpenAI-compatible endpoint, and what its clients saw. Knows nothing of the engine."""

@@ -1,0 +1,243 @@
+"""Text for those who wait for it: engines' tokens in, each caller's outputs out.
+
+It knows neither HTTP nor processes: requests go to an ``EngineDoor``, the pool in a server. One event loop, no threads.
+Invariant: every request that was opened is ended exactly once: its last output was taken, it was refused, or its
+``OutputFeed`` was closed, which aborts what is left of it.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from argosy.engine.output_processor import OutputProcessor
+from argosy.engine.prompts import CheckedPrompt
+from argosy.engine.replica_messages import AddRequest
+from argosy.engine.tokenizer import Tokenizer
+from argosy.messages import FinishReason, RequestOutput, TokenDelta
+from argosy.sampling_params import SamplingParams
+from argosy.server.errors import ApiError, overloaded
+
+
+class EngineDoor(Protocol):
+    """Of the pool, what requests need."""
+
+    def submit(self, request: AddRequest, data_parallel_rank: int | None = None) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def finish(self, request_id: str, reason: FinishReason) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """One prompt to complete."""
+
+    request_id: str
+    prompt: CheckedPrompt
+    params: SamplingParams
+    is_streamed: bool  # outputs as tokens come, each with what is new; else one output at the end
+    priority: int = 0
+    cache_salt: str | None = None
+    data_parallel_rank: int | None = None
+
+
+class Recorder(Protocol):
+    """What hears of every output: the metrics in a server."""
+
+    def observe_first_token(self, seconds: float) -> None: ...
+
+    def observe_tokens(self, num_tokens: int, seconds: float) -> None: ...
+
+    def count_generated(self, num_tokens: int) -> None: ...
+
+    def observe_end(self, output: RequestOutput, reasons: Sequence[str], num_output_tokens: int) -> None: ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A request under way."""
+
+    feed: "OutputFeed"
+    child_ids: tuple[str, ...]
+    arrival_s: float
+    last_tokens_s: float | None = None  # when the last tokens came
+    num_tokens: int = 0
+
+
+class OutputFeed:
+    """The outputs of one caller's prompts, in the order they come: ``(position of the prompt, output)``."""
+
+    def __init__(self, board: "RequestBoard", request_ids: Sequence[str]) -> None:
+        self._board = board
+        self._positions = {request_id: i for i, request_id in enumerate(request_ids)}
+        self._unfinished = set(request_ids)
+        self._news: deque[RequestOutput] = deque()
+        self._error: ApiError | None = None
+        self._has_news = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Ends after the last output of all prompts.
+
+        Raises:
+            ApiError: a request was refused, aborted by an administrator, or its engine is gone.
+        """
+        while self._unfinished:
+            if not self._news:
+                if self._error is not None:
+                    raise self._error
+                self._has_news.clear()
+                await self._has_news.wait()
+                continue
+            output = self._news.popleft()
+            if output.finished:
+                self._unfinished.discard(output.request_id)
+            yield self._positions[output.request_id], output
+
+    @property
+    def has_waiting(self) -> bool:
+        """More outputs are here already, so writing may wait for them."""
+        return bool(self._news)
+
+    def put(self, output: RequestOutput) -> None:
+        self._news.append(output)
+        self._has_news.set()
+
+    def fail(self, error: ApiError) -> None:
+        self._error = self._error or error
+        self._has_news.set()
+
+    def close(self) -> None:
+        """Abort what is unfinished; a second time does nothing."""
+        for request_id in self._positions:
+            self._board.drop(request_id, self)
+
+
+class RequestBoard:
+    """All requests under way. ``engines`` may be set after construction, because a pool needs ``deliver`` first."""
+
+    def __init__(self, tokenizer: Tokenizer, recorder: Recorder, engines: EngineDoor | None = None) -> None:
+        self._processor = OutputProcessor(tokenizer)
+        self._entries: dict[str, _Entry] = {}  # by user request id
+        self._owners: dict[str, str] = {}  # by engine request id: the user request's
+        self._recorder = recorder
+        self.engines = engines
+
+    @property
+    def num_requests(self) -> int:
+        """Completions that are unfinished: a prompt with n = 4 counts four times."""
+        return len(self._owners)
+
+    @property
+    def request_ids(self) -> list[str]:
+        return list(self._entries)
+
+    def open(self, submissions: Sequence[Submission]) -> OutputFeed:
+        """Start completing prompts; all or none.
+
+        Raises:
+            ApiError: an id is in use, no such replica, no engine.
+        """
+        assert self.engines is not None
+        feed = OutputFeed(self, [each.request_id for each in submissions])
+        try:
+            for each in submissions:
+                self._start(each, feed)
+        except BaseException:
+            feed.close()
+            raise
+        return feed
+
+    def deliver(self, deltas: Sequence[TokenDelta]) -> None:
+        """The pool's news."""
+        assert self.engines is not None
+        now_s = time.monotonic()
+        for delta in deltas:
+            self._record(delta, now_s)
+        processed = self._processor.process(deltas, now_s)
+        for request_id, reason in processed.finish_request_ids:
+            self.engines.finish(request_id, reason)
+        for output in processed.outputs:
+            entry = self._entries[output.request_id]
+            entry.feed.put(output)
+            if output.finished:
+                reasons = [each.finish_reason for each in output.outputs if each.finish_reason is not None]
+                self._recorder.observe_end(output, reasons, entry.num_tokens)
+                self._forget(output.request_id)
+
+    def refuse(self, child_id: str, message: str, is_users_fault: bool) -> None:
+        """The pool's word that an engine request cannot go on."""
+        owner = self._owners.get(child_id)
+        if owner is not None:
+            self.end(owner, ApiError(400, message) if is_users_fault else overloaded(message))
+
+    def end(self, request_id: str, error: ApiError) -> bool:
+        """End a request from outside, with an error for who waits; False if there is none of this id."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        entry.feed.fail(error)
+        self.drop(request_id, entry.feed)
+        return True
+
+    def drop(self, request_id: str, feed: OutputFeed) -> None:
+        """Forget a request of this feed and end its engine requests; one that is over, or another's, is left alone."""
+        assert self.engines is not None
+        entry = self._entries.get(request_id)
+        if entry is None or entry.feed is not feed:
+            return
+        for child_id in self._processor.remove(request_id):
+            self.engines.abort(child_id)
+        self._forget(request_id)
+
+    def _start(self, submission: Submission, feed: OutputFeed) -> None:
+        assert self.engines is not None
+        request_id, prompt = submission.request_id, submission.prompt
+        if request_id in self._entries:
+            raise ApiError(400, f"request_id {request_id!r} is in use by an unfinished request", param="request_id")
+        children = self._processor.add_request(
+            request_id,
+            prompt.text,
+            prompt.token_ids,
+            submission.params,
+            time.monotonic(),
+            is_streamed=submission.is_streamed,
+            is_delta=submission.is_streamed,
+        )
+        child_ids = tuple(child.request_id for child in children)
+        self._entries[request_id] = _Entry(feed, child_ids, time.monotonic())
+        self._owners.update((child_id, request_id) for child_id in child_ids)
+        for child in children:
+            request = AddRequest(
+                child.request_id,
+                prompt.token_ids,
+                child.sampling_params,
+                priority=submission.priority,
+                cache_salt=submission.cache_salt,
+            )
+            try:
+                self.engines.submit(request, submission.data_parallel_rank)
+            except ValueError as error:
+                raise ApiError(400, str(error)) from error
+            except RuntimeError as error:
+                raise ApiError(503, str(error), code="no_engine", retry_after_s=5) from error
+
+    def _record(self, delta: TokenDelta, now_s: float) -> None:
+        entry = self._entries.get(self._owners.get(delta.request_id, ""))
+        num_tokens = len(delta.new_token_ids)
+        if entry is None or not num_tokens:
+            return
+        self._recorder.count_generated(num_tokens)
+        if entry.last_tokens_s is None:
+            self._recorder.observe_first_token(now_s - entry.arrival_s)
+        elif len(entry.child_ids) == 1:
+            self._recorder.observe_tokens(num_tokens, now_s - entry.last_tokens_s)
+        entry.last_tokens_s = now_s
+        entry.num_tokens += num_tokens
+
+    def _forget(self, request_id: str) -> None:
+        entry = self._entries.pop(request_id, None)
+        for child_id in () if entry is None else entry.child_ids:
+            self._owners.pop(child_id, None)

@@ -1,0 +1,302 @@
+"""Request bodies: OpenAI's fields, and those that vLLM and SGLang users rely on. What they mean is decided here.
+
+A field that is not listed is refused with its name: a setting is done or refused, never ignored. Fields that change
+nothing in one deployment of one model (``user``, ``metadata``, ...) are listed and carry no meaning. Invariant: a
+request that validates can be turned into ``SamplingParams``, or ``ApiError`` says which field is at fault.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from argosy.sampling_params import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_SEED,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+)
+from argosy.server.errors import ApiError
+
+MAX_INT32 = 2**31 - 1
+MAX_PROMPTS = 1024  # in one request
+MAX_MESSAGES = 4096
+MAX_TOOLS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 4096
+MAX_NAME_CHARS = 256
+MAX_PRIORITY = 10**9
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+TokenText = Annotated[str, StringConstraints(pattern=r"^-?[0-9]{1,10}$")]
+RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+
+
+class Body(BaseModel):
+    """Strict: a number is not a string, and unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False  # a last chunk with the usage
+    continuous_usage_stats: bool = False  # usage in every chunk
+
+
+class Sampling(Body):
+    """What both kinds of completions share."""
+
+    model: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None  # None = the served one
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] = -1
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    logit_bias: Annotated[dict[TokenText, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] = 0
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False  # choices carry token_ids, and the answer the prompt's
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # lower runs first
+    cache_salt: Name | None = None  # requests with different salts share no cached prefixes
+    request_id: RequestId | None = None  # else X-Request-Id, else a new one
+    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None  # seconds; the server's limit holds too
+    user: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    def _params(self, max_tokens: int | None, logprobs: int | None, *, skip_special_tokens: bool) -> SamplingParams:
+        try:
+            return SamplingParams(
+                n=self.n,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self._biases(),
+                seed=self.seed,
+                max_tokens=max_tokens,
+                min_tokens=self.min_tokens,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                stop_token_ids=tuple(self.stop_token_ids),
+                include_stop_str_in_output=self.include_stop_str_in_output,
+                ignore_eos=self.ignore_eos,
+                logprobs=logprobs,
+                skip_special_tokens=skip_special_tokens,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).split(" ", 1)[0].split("[")[0]) from error
+
+    def _biases(self) -> dict[int, float] | None:
+        return None if self.logit_bias is None else {int(token): bias for token, bias in self.logit_bias.items()}
+
+
+class CompletionRequest(Sampling):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False  # the prompt's text in front of the completion's
+    suffix: None = None  # the model was not trained to fill a gap
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError("best_of is not supported beyond n; leave it out")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs asks for the prompt's log probabilities, which are not computed")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+    def to_params(self) -> SamplingParams:
+        return self._params(self.max_tokens, self.logprobs, skip_special_tokens=self.skip_special_tokens)
+
+
+class FunctionChoice(Body):
+    name: Name
+
+
+class ToolChoice(Body):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class JsonSchema(Body):
+    name: Name | None = None
+    description: str | None = None
+    schema_: dict[str, object] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class TemplateKwargs(Body):
+    """What may be said to V3.2's chat encoding; nothing else reaches it."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if None not in (self.thinking, self.enable_thinking) and self.thinking != self.enable_thinking:
+            raise ValueError("thinking and enable_thinking mean the same and contradict each other; give one")
+        return self
+
+    @property
+    def is_thinking(self) -> bool:
+        return bool(self.thinking or self.enable_thinking)
+
+
+class ChatRequest(Sampling):
+    """``POST /v1/chat/completions``. Messages and tools are checked by the encoding (``encoding_messages.py``)."""
+
+    messages: Annotated[list[dict[str, object]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None  # None = up to the model's length
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None  # OpenAI's new name of max_tokens
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[dict[str, object]], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None  # None = auto if there are tools
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: TemplateKwargs = TemplateKwargs()
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None  # none = no reasoning; else: reason
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens contradict each other; give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.tool_choice == "auto" and not self.tools:
+            raise ValueError("tool_choice auto needs tools")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format is not supported beyond type text")
+        return self
+
+    @property
+    def is_thinking(self) -> bool:
+        return self.chat_template_kwargs.is_thinking or self.reasoning_effort not in (None, "none")
+
+    @property
+    def active_tools(self) -> list[dict[str, object]] | None:
+        return self.tools if self.tools and self.tool_choice != "none" else None
+
+    def to_params(self) -> SamplingParams:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        # Tool calls are written with special tokens, which the parser must see.
+        skips_special_tokens = self.skip_special_tokens and self.active_tools is None
+        return self._params(max_tokens, logprobs, skip_special_tokens=skips_special_tokens)
+
+
+class GenerateRequest(Sampling):
+    """``POST /generate``: token ids in, token ids out."""
+
+    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def to_params(self) -> SamplingParams:
+        return self._params(self.max_tokens, self.logprobs, skip_special_tokens=self.skip_special_tokens)
+
+
+class TokenizeRequest(Body):
+    """``POST /tokenize``: a text, or a conversation as the model would see it."""
+
+    model: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, object]], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[dict[str, object]], Field(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: TemplateKwargs = TemplateKwargs()
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of prompt and messages is needed")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+    tokens: list[TokenId]
+
+
+class AbortRequestsRequest(Body):
+    """``POST /abort_requests``, behind the admin key: those ids, or all."""
+
+    request_ids: Annotated[list[RequestId], Field(max_length=4096)] = []
+    all: bool = False
+
+
+def describe_validation(errors: list[Mapping[str, object]]) -> ApiError:
+    """Pydantic's errors of one body as one ``ApiError`` that names the field first at fault."""
+    if errors[0]["type"] == "json_invalid":
+        detail: object = errors[0].get("ctx")
+        reason = detail.get("error") if isinstance(detail, dict) else None
+        return ApiError(400, f"the body is not JSON: {reason or errors[0]['msg']}")
+    param = _name_of(errors[0])
+    # A value that may have several types has an error for each.
+    same = [error for error in errors if (_name_of(error) or "").split(".")[0] == (param or "").split(".")[0]]
+    if any(error["type"] == "extra_forbidden" for error in same):
+        return ApiError(400, f"the field {param} is not known; leave it out", param=param, code="unknown_field")
+    messages = dict.fromkeys(str(error["msg"]).removeprefix("Value error, ") for error in same)
+    text = "; or: ".join(messages)
+    return ApiError(400, f"{param}: {text}" if param else text, param=param)
+
+
+def _name_of(error: Mapping[str, object]) -> str | None:
+    """The place in the body, as ``messages.0``; without pydantic's names for the members of a union."""
+    place = error["loc"]
+    assert isinstance(place, tuple)
+    parts = [part for part in place[1:] if isinstance(part, int) or part in _FIELD_NAMES or len(place) == 2]
+    return ".".join(map(str, parts)) or None
+
+
+_BODIES: tuple[type[Body], ...] = (
+    *(CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequestsRequest),
+    *(StreamOptions, ToolChoice, FunctionChoice, ResponseFormat, JsonSchema, TemplateKwargs),
+)
+_FIELD_NAMES = frozenset(name for body in _BODIES for name in body.model_fields)
