@@ -232,7 +232,7 @@ def _launch_in_pairs(
         query.stride(1),
         R=rows.rank,
         WIDTH=rows.width,
-        NUM_PLACES=triton.next_power_of_2(topk_slots.shape[1]),
+        NUM_PLACES=max(MIN_SHARE_SIZE, triton.next_power_of_2(topk_slots.shape[1])),
         IS_FULL=is_full,
         num_warps=PAIRED_WARPS,
     )
