@@ -49,6 +49,6 @@ def test_documented_command_is_accepted(command: str) -> None:
         assert exit_info.value.code == 2, "this is accepted now: update the guide and FUTURE_FLAGS"
         return
     name, parsed = parse_arguments(arguments)
-    build_config(COMMANDS[name].options_class, getattr(parsed, name))
+    build_config(COMMANDS[name].options_class, getattr(parsed, name.replace(" ", "_")))
     if COMMANDS[name].has_engine_flags:
         build_config(EngineConfig, parsed.engine)
