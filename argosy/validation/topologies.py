@@ -116,9 +116,15 @@ class Workload:
 
 
 def compare_topologies(
-    number_format: NumberFormat, workload: Workload, topologies: Sequence[Topology] = TOPOLOGIES
+    number_format: NumberFormat,
+    workload: Workload,
+    topologies: Sequence[Topology] = TOPOLOGIES,
+    *,
+    in_pairs: bool = False,
 ) -> Iterator[TopologyResult]:
     """One result a topology, in order. The format's config gives the model, device and dtype; its sizes are replaced.
+
+    ``in_pairs``: about half of the combinations, among which every two choices still meet.
 
     Raises:
         ValueError: a topology that this model or this machine cannot have.
@@ -142,6 +148,8 @@ def compare_topologies(
                 expected = _run(llm, workload, None)
             tolerance = number_format.tolerance(llm.dtype_name, topology.tp_size)
             ways = _ways(topology) + (_recorded_ways(topology) if llm.num_graphs else [])
+            if in_pairs:
+                ways = [way for way in ways if _is_of_the_pairs(way, topology)]
             results = [_compare(llm, workload, way, expected, tolerance) for way in ways]
         if topology in topologies:
             yield TopologyResult(topology=topology, number_format=number_format.name, start_s=start_s, ways=results)
@@ -168,6 +176,17 @@ def _recorded_ways(topology: Topology) -> list[Way]:
     mode: EPMode = "low_latency" if topology.num_ranks > 1 else "auto"
     ways = [Way(mode, is_chunked=True, is_balanced=balanced, is_recorded=True) for balanced in _balances(topology)]
     return [*ways, Way(mode, is_chunked=True, is_balanced=True, is_async=True, is_recorded=True)]
+
+
+def _is_of_the_pairs(way: Way, topology: Topology) -> bool:
+    """Of a topology's ways, enough that every two choices (mode, prefill, balance, and so on) meet."""
+    if way.is_async:
+        return way.is_recorded or way.ep_mode == "low_latency"
+    if topology.dp_size == 1:
+        return not way.is_recorded  # the asynchronous way replays too
+    if way.is_recorded:
+        return not way.is_balanced
+    return way.is_balanced == ((EP_MODES.index(way.ep_mode) + way.is_chunked) % 2 == 0)
 
 
 def _balances(topology: Topology) -> tuple[bool, ...]:
