@@ -1,6 +1,7 @@
 """Weights in the model's own dtype: the scheme of what is not quantised, and the null twin of those of what is.
 
-It loads nothing and knows no names. Invariant: weights are [out, in], as checkpoints store them.
+It loads nothing and knows no names. Invariant: weights are [out, in], as checkpoints store them, whatever the order of
+their memory.
 
 Shape letters: T tokens, D hidden, e local experts, F expert width, M sorted rows.
 """
@@ -23,7 +24,11 @@ class PlainLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        # On a CPU float32 lies in memory as [in, out], which the product with a few tokens reads faster.
+        is_turned = torch.get_default_device().type == "cpu" and dtype == torch.float32
+        shape = (in_features, out_features) if is_turned else (out_features, in_features)
+        weight = torch.empty(shape, dtype=dtype)
+        self.weight = nn.Parameter(weight.t() if is_turned else weight, requires_grad=False)
         self.preparation = NoPreparation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
