@@ -29,7 +29,7 @@ from argosy.cache.cache_format import build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache
 from argosy.cache.rope import build_rotary_table
 from argosy.cli.code_version import read_commit
-from argosy.config import EngineConfig
+from argosy.config import IN_MODEL_DTYPE, EngineConfig
 from argosy.distributed.dp_coord import StepProposal, agree, plan_recordings
 from argosy.distributed.ep_types import ExchangePlan
 from argosy.distributed.layout import ParallelLayout
@@ -64,9 +64,12 @@ SMALL = REAL | {
 }  # fmt: skip
 BLOCK_SIZE = 64
 Call = Callable[[], torch.Tensor]
-CHECK_BATCH, CHECK_LENGTH = 4, 96
+CHECK_BATCH, CHECK_LENGTH = 16, 96
 DECODE_CONTEXT = 4096
-MIN_COSINE = 0.99  # bfloat16: experts and top-k positions flip where scores nearly tie
+# Of the middle one of the prompts; in bfloat16 an expert or a top-k position flips where scores nearly tie, and that
+# prompt's logits move further. Anything wrong moves all of them, or one beyond recognition.
+MIN_COSINE = 0.99
+MIN_WORST_COSINE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class Bench:
         length = num_computed + num_tokens
         blocks = -(-length // BLOCK_SIZE)
         cache = MLAKVCache(
-            build_cache_format("auto", cache_dims(self.config), self.dtype, self.device),
+            build_cache_format(IN_MODEL_DTYPE, cache_dims(self.config), self.dtype, self.device),
             num_layers=self.config.num_hidden_layers,
             num_blocks=1 + blocks * len(share),
             block_size=BLOCK_SIZE,
@@ -184,16 +187,16 @@ class Bench:
             sys.exit(f"rank {self.mesh.rank}: a replay differs from the eager step (cosine {cosine:.4f})")
         return replay
 
-    def check(self, save: str | None, expect: str | None) -> float:
-        """The cosine with the saved logits of one card, over this replica's prompts; 1 when there is nothing to do."""
+    def check(self, save: str | None, expect: str | None) -> list[float]:
+        """The cosines with the saved logits of one card, of this replica's prompts, ascending; 1 for nothing to do."""
         logits = self.logits(*self.plan(CHECK_BATCH, 0, CHECK_LENGTH)).cpu()
         if save:
             torch.save(logits, save)
         if not expect:
-            return 1.0
+            return [1.0]
         dp, dp_size = self.mesh.coords.dp, self.mesh.layout.dp_size
         expected = torch.load(expect, weights_only=True).chunk(dp_size)[dp]
-        return F.cosine_similarity(logits.double(), expected.double(), dim=-1).min().item()
+        return sorted(F.cosine_similarity(logits.double(), expected.double(), dim=-1).tolist())
 
     def measure(self, name: str, batch_size: int, num_computed: int, num_tokens: int) -> Row:
         batch, cache = self.plan(batch_size, num_computed, num_tokens)
@@ -250,9 +253,13 @@ def main() -> None:
     parser.add_argument("--expect")
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    cosine = bench.check(arguments.save, arguments.expect)
-    if cosine < MIN_COSINE:
-        sys.exit(f"logits differ from one card's (cosine {cosine:.4f}): no number is worth printing")
+    cosines = bench.check(arguments.save, arguments.expect)
+    worst, median = cosines[0], statistics.median_low(cosines)
+    if not (worst >= MIN_WORST_COSINE and median >= MIN_COSINE):
+        sys.exit(
+            f"logits differ from one card's (cosine: median {median:.4f}, at least {MIN_COSINE} is needed; worst "
+            f"{worst:.4f}, at least {MIN_WORST_COSINE}): no number is worth printing"
+        )
     rows = [
         bench.measure(f"decode, batch {size}, context 4096", size, DECODE_CONTEXT - 1, 1) for size in arguments.batches
     ]
@@ -263,13 +270,17 @@ def main() -> None:
         rows += [row for row in recorded if row is not None]
     rows += [bench.measure(f"prefill, 2 x {count} tokens", 2, 0, count) for count in arguments.prefill]
     if bench.mesh.rank == 0:
-        report(rows, bench, arguments, cosine)
+        report(rows, bench, arguments, cosines)
 
 
-def report(rows: list[Row], bench: Bench, arguments: argparse.Namespace, cosine: float) -> None:
+def report(rows: list[Row], bench: Bench, arguments: argparse.Namespace, cosines: list[float]) -> None:
     name = bench.platform.device_name()
     compared = Path(arguments.expect).name if arguments.expect else "nothing"
-    print(f"dp{arguments.dp} tp{arguments.tp} on {name}; worst cosine of logits with {compared}: {cosine:.5f}\n")
+    worst, median = cosines[0], statistics.median_low(cosines)
+    print(
+        f"dp{arguments.dp} tp{arguments.tp} on {name}; cosine of logits with {compared}: {median:.5f}, "
+        f"worst {worst:.5f}\n"
+    )
     print(f"{'':36}{'median ms':>10}{'spread':>8}{'MB sent':>9}")
     for row in rows:
         print(f"{row.name:36}{row.median_ms:10.2f}{row.spread:8.0%}{row.bytes_sent / 1e6:9.2f}")
@@ -280,7 +291,7 @@ def report(rows: list[Row], bench: Bench, arguments: argparse.Namespace, cosine:
         "command": " ".join(sys.argv),
         "dp_size": arguments.dp,
         "tp_size": arguments.tp,
-        "cosine": cosine,
+        "cosines": cosines,
         "rows": [asdict(row) for row in rows],
     }
     print(json.dumps(record))
