@@ -17,6 +17,25 @@ EPPayload = Literal["model", "int8", "fp8"]
 QuantizationName = Literal["auto", "none", "w8a8", "fp8_block"]
 LoadFormat = Literal["auto", "dummy"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
+IndexCacheDType = Literal["auto", "model", "int8", "fp8"]
+StoredDType = Literal["model", "int8", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheDTypes:
+    """What the two parts of a token's place in the cache are stored as; ``model``: in the model's dtype."""
+
+    latent: StoredDType = "model"
+    index_key: StoredDType = "model"
+
+
+def choose_cache_dtypes(kv_cache_dtype: KVCacheDType, index_cache_dtype: IndexCacheDType = "auto") -> CacheDTypes:
+    """Index keys follow the latent unless they are told otherwise."""
+    latent: StoredDType = "model" if kv_cache_dtype == "auto" else kv_cache_dtype
+    return CacheDTypes(latent=latent, index_key=latent if index_cache_dtype == "auto" else index_cache_dtype)
+
+
+IN_MODEL_DTYPE = CacheDTypes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +53,7 @@ class EngineConfig:
     quantization: QuantizationName = "auto"  # how linears compute; auto: as the checkpoint is stored
     load_format: LoadFormat = "auto"  # dummy: random weights instead of the checkpoint's, to measure real shapes
     kv_cache_dtype: KVCacheDType = "auto"  # what the cache holds; auto: the model's dtype
+    index_cache_dtype: IndexCacheDType = "auto"  # what it holds of index keys; auto: as kv_cache_dtype
     seed: int = 0  # seeds requests that bring none
     max_model_len: int | None = None  # longest prompt + output in tokens; None = the model's own limit
     max_num_seqs: int = 64  # requests that run at once in a replica
@@ -96,6 +116,7 @@ class EngineConfig:
         _check_choice("quantization", self.quantization, get_args(QuantizationName))
         _check_choice("load_format", self.load_format, get_args(LoadFormat))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDType))
+        _check_choice("index_cache_dtype", self.index_cache_dtype, get_args(IndexCacheDType))
         self._check_ranks()
         self._check_nodes()
         self._check_exchange()
@@ -111,9 +132,18 @@ class EngineConfig:
         parts: list[str] = [self.dtype]
         if self.quantization != "none":
             parts.append(self.quantization)
-        if self.kv_cache_dtype != "auto":
-            parts.append(f"{self.kv_cache_dtype} cache")
+        stored = self.cache_dtypes
+        if stored.latent != "model":
+            parts.append(f"{stored.latent} cache")
+        if stored.index_key != stored.latent:
+            parts.append(
+                "index keys in the model's dtype" if stored.index_key == "model" else f"{stored.index_key} index keys"
+            )
         return ", ".join(parts)
+
+    @property
+    def cache_dtypes(self) -> CacheDTypes:
+        return choose_cache_dtypes(self.kv_cache_dtype, self.index_cache_dtype)
 
     def _check_ranks(self) -> None:
         for name in ("tp_size", "dp_size", "nnodes"):

@@ -166,7 +166,7 @@ class Report:
 
     def __init__(self, options: argparse.Namespace, prepared: Preparation, bench: Bench) -> None:
         self._options, self._config, self._bench = options, prepared.model_config, bench
-        self._cache = CacheSizes.of(prepared.model_config, options.kv_cache_dtype)
+        self._cache = CacheSizes.of(prepared.model_config, prepared.config.cache_dtypes)
         self.decodes: list[dict[str, object]] = []
         self.prefills: list[dict[str, object]] = []
 

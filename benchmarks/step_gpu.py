@@ -109,7 +109,7 @@ class Report:
 
     def __init__(self, options: argparse.Namespace, built: BuiltEngine, choices: Sequence[torch.Tensor]) -> None:
         self._options, self._config, self._choices = options, built.model_config, choices
-        self._cache = CacheSizes.of(built.model_config, options.kv_cache_dtype)
+        self._cache = CacheSizes.of(built.model_config, built.config.cache_dtypes)
         self._bench = Bench(
             runner=built.core.runner,
             platform=built.platform,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from argosy.cache.cache_format import CacheFormat, NormSettings
+from argosy.cache.cache_format import CacheFormat
+from argosy.cache.layer_settings import NormSettings
 from argosy.kernels import RotaryRows
 
 
@@ -21,8 +22,8 @@ from argosy.kernels import RotaryRows
 class LayerKV:
     """One layer's cache. Views into ``MLAKVCache``: writing through them writes the cache."""
 
-    latent: torch.Tensor  # [num_blocks, block_size, latent_width]: kv_latent after its norm, then k_rope after RoPE
-    index_k: torch.Tensor  # [num_blocks, block_size, index_k_width]: after norm and RoPE
+    latent: torch.Tensor  # [num_blocks, block_size, width]: kv_latent after its norm, then k_rope after RoPE
+    index_k: torch.Tensor  # [num_blocks, block_size, width]: after norm and RoPE
     format: CacheFormat
 
     @property
@@ -33,23 +34,23 @@ class LayerKV:
         self, slot_mapping: torch.Tensor, latent: torch.Tensor, norm: NormSettings, rotary: RotaryRows
     ) -> None:
         """``latent: [T, C]`` as projected, changed, to the slots [T]; -1 writes nothing."""
-        self.format.write_latent(self.latent, slot_mapping, latent, norm, rotary)
+        self.format.latents.write(self.latent, slot_mapping, latent, norm, rotary)
 
     def write_index_k(
         self, slot_mapping: torch.Tensor, key: torch.Tensor, norm: NormSettings, rotary: RotaryRows
     ) -> None:
         """``key: [T, I]`` as projected, to the slots [T]; -1 writes nothing."""
-        self.format.write_index_k(self.index_k, slot_mapping, key, norm, rotary)
+        self.format.index_keys.write(self.index_k, slot_mapping, key, norm, rotary)
 
     def gather_latent(self, block_table: torch.Tensor, max_seq_len: int) -> torch.Tensor:
         """Whole sequences: [B, max_seq_len, C]; beyond a sequence's end lies anything finite."""
-        return self.format.gather_latent(self.latent, block_table, max_seq_len)
+        return self.format.latents.gather(self.latent, block_table, max_seq_len)
 
     def attend_sparse(
         self, query: torch.Tensor, topk_slots: torch.Tensor, softmax_scale: float, *, is_full: bool = False
     ) -> torch.Tensor:
         """``query: [T, H, C]`` on the slots [T, index_topk], -1 none; ``is_full``: there is no -1. [T, H, R]."""
-        return self.format.attend_sparse(query, self.latent, topk_slots, softmax_scale, is_full=is_full)
+        return self.format.latents.attend_sparse(query, self.latent, topk_slots, softmax_scale, is_full=is_full)
 
     def attend_paged(
         self,
@@ -60,7 +61,7 @@ class LayerKV:
         softmax_scale: float,
     ) -> torch.Tensor:
         """``query: [B, H, C]`` on whole sequences of ``seq_lens: [B]`` -> [B, H, R]."""
-        return self.format.attend_paged(query, self.latent, block_table, seq_lens, max_seq_len, softmax_scale)
+        return self.format.latents.attend_paged(query, self.latent, block_table, seq_lens, max_seq_len, softmax_scale)
 
     def index_scores(
         self,
@@ -72,7 +73,7 @@ class LayerKV:
     ) -> torch.Tensor:
         """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` -> [B, T, max_seq_len] float32, of which a token's
         first ``num_visible: [B, T]`` are specified."""
-        return self.format.index_scores(index_q, self.index_k, index_weights, block_table, num_visible, max_seq_len)
+        return self.format.index_keys.score(index_q, self.index_k, index_weights, block_table, num_visible, max_seq_len)
 
 
 class MLAKVCache:
@@ -91,8 +92,9 @@ class MLAKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_layers, num_blocks, block_size)
-        self.latent = _allocate_zeros((*shape, cache_format.latent_width), cache_format.dtype, device)
-        self.index_k = _allocate_zeros((*shape, cache_format.index_k_width), cache_format.dtype, device)
+        latents, index_keys = cache_format.latents, cache_format.index_keys
+        self.latent = _allocate_zeros((*shape, latents.width), latents.dtype, device)
+        self.index_k = _allocate_zeros((*shape, index_keys.width), index_keys.dtype, device)
         # Built once: slicing a tensor costs microseconds, and every layer of every step asks.
         self._layers = [
             LayerKV(latent, index_k, cache_format) for latent, index_k in zip(self.latent, self.index_k, strict=True)
@@ -108,8 +110,7 @@ class MLAKVCache:
 
 def kv_bytes_per_block(cache_format: CacheFormat, *, num_layers: int, block_size: int) -> int:
     """Bytes of one block over all layers."""
-    width = cache_format.latent_width + cache_format.index_k_width
-    return num_layers * block_size * width * cache_format.dtype.itemsize
+    return num_layers * block_size * cache_format.bytes_per_token
 
 
 def _allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -24,7 +24,13 @@ QUESTIONS = (
     "Tom has 5 apples and buys 7 more. How many apples does he have?",
 )
 COLUMNS = ("high_throughput", "low_latency", "all_gather")
-FORMATS = ("stored", "w8a8", "int8_cache", "fp8_cache")  # as ``argosy.validation.number_formats`` has them
+FORMATS = (
+    "stored",
+    "w8a8",
+    "int8_cache",
+    "fp8_cache",
+    "fp8_index_keys",
+)  # as ``argosy.validation.number_formats`` has them
 _NAME = re.compile(r"dp(\d+) ?tp(\d+)")
 
 

@@ -84,7 +84,7 @@ def prepare(config: EngineConfig) -> Preparation:
     directory = resolve_model_directory(config.model)
     model_config = load_model_config(directory)
     layout.check_model(_model_sizes(model_config))
-    check_cache_format(config.kv_cache_dtype, cache_dims(model_config))
+    check_cache_format(config.cache_dtypes, cache_dims(model_config))
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     tokenizer.check_matches(model_config.vocab_size)
     platform = select_platform(config.device)

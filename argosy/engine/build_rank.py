@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from argosy.cache.block_manager import BlockManager
-from argosy.cache.cache_format import CacheDims, build_cache_format
+from argosy.cache.cache_format import build_cache_format
+from argosy.cache.layer_settings import CacheDims
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
 from argosy.cache.rope import RotarySettings, build_rotary_table
 from argosy.config import DTypeName, EngineConfig
@@ -98,7 +99,7 @@ def measure_num_blocks(
     if config.num_blocks is not None:
         return config.num_blocks
     # On no device: only its sizes are asked for.
-    cache_format = build_cache_format(config.kv_cache_dtype, cache_dims(model_config), dtype, torch.device("meta"))
+    cache_format = build_cache_format(config.cache_dtypes, cache_dims(model_config), dtype, torch.device("meta"))
     block_bytes = kv_bytes_per_block(
         cache_format, num_layers=model_config.num_hidden_layers, block_size=config.block_size
     )
@@ -124,7 +125,7 @@ def measure_step(
     assert config.max_model_len is not None
     measured = measure_workspace(
         model,
-        build_cache_format(config.kv_cache_dtype, cache_dims(model_config), DTYPES[config.dtype], device),
+        build_cache_format(config.cache_dtypes, cache_dims(model_config), DTYPES[config.dtype], device),
         build_rotary_table(rotary_settings(model_config), device),
         StepSizes(
             max_num_seqs=config.max_num_seqs,
@@ -217,7 +218,7 @@ def build_runner(
     """``config``: with ``max_model_len``, ``num_blocks`` and ``dtype`` filled in."""
     assert config.num_blocks is not None and config.max_model_len is not None
     cache = MLAKVCache(
-        build_cache_format(config.kv_cache_dtype, cache_dims(model_config), DTYPES[config.dtype], device),
+        build_cache_format(config.cache_dtypes, cache_dims(model_config), DTYPES[config.dtype], device),
         num_layers=model_config.num_hidden_layers,
         num_blocks=config.num_blocks,
         block_size=config.block_size,

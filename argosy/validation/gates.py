@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from argosy.config import IN_MODEL_DTYPE
 from argosy.engine.build import BuiltEngine
 from argosy.engine.request import Request
 from argosy.sampling_params import SamplingParams
@@ -42,13 +43,13 @@ class GateInputs:
 
     def build_probe(self) -> ModelProbe:
         runner = self.engine.core.runner
-        kv_cache_dtype = self.engine.config.kv_cache_dtype
-        return ModelProbe(runner.model, self.engine.model_config, runner.rotary, kv_cache_dtype=kv_cache_dtype)
+        cache_dtypes = self.engine.config.cache_dtypes
+        return ModelProbe(runner.model, self.engine.model_config, runner.rotary, cache_dtypes)
 
     @property
     def is_float32(self) -> bool:
         """Throughout: an 8-bit cache has bfloat16's trouble, and more of it."""
-        return self.engine.config.dtype == "float32" and self.engine.config.kv_cache_dtype == "auto"
+        return self.engine.config.dtype == "float32" and self.engine.config.cache_dtypes == IN_MODEL_DTYPE
 
 
 def run_gates(inputs: GateInputs, *, greedy_lengths: tuple[int, ...] = (20, 200)) -> Iterator[GateResult]:

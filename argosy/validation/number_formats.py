@@ -17,7 +17,7 @@ from argosy.models.deepseek.quantized_modules import build_w8a8_format
 from argosy.quantization.convert import ConversionOptions, convert_checkpoint
 
 STORED = "stored"
-NAMES = (STORED, "w8a8", "int8_cache", "fp8_cache")
+NAMES = (STORED, "w8a8", "int8_cache", "fp8_cache", "fp8_index_keys")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,8 @@ def build_number_format(name: str, config: EngineConfig, scratch: Path) -> Numbe
         rounded = dataclasses.replace(config, kv_cache_dtype="int8")
     elif name == "fp8_cache":
         rounded = dataclasses.replace(config, kv_cache_dtype="fp8")
+    elif name == "fp8_index_keys":
+        rounded = dataclasses.replace(config, index_cache_dtype="fp8")
     else:
         raise ValueError(f"no number format {name!r}; set --formats to some of {', '.join(NAMES)}")
     return NumberFormat(name=name, config=rounded, whole=ROUNDINGS, sliced=ROUNDINGS)

@@ -8,7 +8,7 @@ import torch
 
 from argosy.cache.cache_format import build_cache_format
 from argosy.cache.mla_kv_cache import MLAKVCache
-from argosy.config import KVCacheDType
+from argosy.config import IN_MODEL_DTYPE, CacheDTypes
 from argosy.engine.build_rank import cache_dims
 from argosy.kernels import RotaryTable
 from argosy.layers.forward_batch import ForwardBatch
@@ -30,13 +30,12 @@ class ModelProbe:
         model: DeepseekV32Model,
         config: ModelConfig,
         rotary: RotaryTable,
-        *,
-        kv_cache_dtype: KVCacheDType = "auto",
+        cache_dtypes: CacheDTypes = IN_MODEL_DTYPE,
     ) -> None:
         self._model, self._config, self._rotary = model, config, rotary
         self._device = rotary.cos.device
         self._dtype = model.model.embed_tokens.weight.dtype
-        self._format = build_cache_format(kv_cache_dtype, cache_dims(config), self._dtype, self._device)
+        self._format = build_cache_format(cache_dtypes, cache_dims(config), self._dtype, self._device)
 
     @torch.inference_mode()
     def hidden_states(self, prompts: list[list[int]], chunk_size: int) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ size, E experts, K of them per token, F expert width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from argosy.config import CacheDTypes
 from argosy.models.deepseek.config import ModelConfig
 
 BYTES_S = 4.3e12
@@ -31,18 +32,16 @@ class CacheSizes:
     index_ops_s: float
 
     @classmethod
-    def of(cls, config: ModelConfig, kv_cache_dtype: str) -> "CacheSizes":
-        if kv_cache_dtype == "auto":
-            return cls(
-                latent_bytes=PLAIN_BYTES * config.latent_dim,
-                index_k_bytes=PLAIN_BYTES * config.index_head_dim,
-                index_ops_s=PLAIN_OPS_S,
-            )
-        scale_bytes = 4
+    def of(cls, config: ModelConfig, stored: CacheDTypes) -> "CacheSizes":
+        rope_bytes, scale_bytes = PLAIN_BYTES * config.qk_rope_head_dim, 4
+        is_plain, are_keys_plain = stored.latent == "model", stored.index_key == "model"
         return cls(
-            latent_bytes=config.kv_lora_rank + scale_bytes + PLAIN_BYTES * config.qk_rope_head_dim,
-            index_k_bytes=config.index_head_dim + scale_bytes,
-            index_ops_s=LINEAR_OPS_S["w8a8"],
+            latent_bytes=rope_bytes
+            + (PLAIN_BYTES * config.kv_lora_rank if is_plain else config.kv_lora_rank + scale_bytes),
+            index_k_bytes=PLAIN_BYTES * config.index_head_dim
+            if are_keys_plain
+            else config.index_head_dim + scale_bytes,
+            index_ops_s=PLAIN_OPS_S if are_keys_plain else LINEAR_OPS_S["w8a8"],
         )
 
 

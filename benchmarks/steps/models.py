@@ -52,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill step")
     parser.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "int8", "fp8"))
+    parser.add_argument("--index-cache-dtype", default="auto", choices=("auto", "model", "int8", "fp8"))
 
 
 def numbers(text: str) -> list[int]:
@@ -68,6 +69,7 @@ def engine_config(
         load_format="dummy",
         quantization=quantization,  # type: ignore[arg-type]
         kv_cache_dtype=options.kv_cache_dtype,
+        index_cache_dtype=options.index_cache_dtype,
         dtype="bfloat16" if options.device == "cuda" else "float32",
         max_model_len=longest_row(options.context, MAX_STEPS, prefills),
         max_num_seqs=max([1, *decodes]),

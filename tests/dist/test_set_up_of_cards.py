@@ -8,7 +8,7 @@ import pytest
 
 from argosy.cache.cache_format import build_cache_format
 from argosy.cache.mla_kv_cache import kv_bytes_per_block
-from argosy.config import EngineConfig
+from argosy.config import IN_MODEL_DTYPE, EngineConfig
 from argosy.distributed.launcher import RankProcesses
 from argosy.engine.build import prepare
 from argosy.engine.build_rank import DTYPES, cache_dims
@@ -47,7 +47,7 @@ def test_the_poorest_rank_sizes_the_cache_and_a_rank_that_cannot_record_makes_al
     dtype = DTYPES[prepared.config.dtype]
     dims = cache_dims(prepared.model_config)
     block_bytes = kv_bytes_per_block(
-        build_cache_format("auto", dims, dtype, prepared.platform.device(0)),
+        build_cache_format(IN_MODEL_DTYPE, dims, dtype, prepared.platform.device(0)),
         num_layers=prepared.model_config.num_hidden_layers,
         block_size=config.block_size,
     )

@@ -5,7 +5,7 @@ import torch
 
 from argosy.assets import builtin_model_directory
 from argosy.cache.rope import build_rotary_table
-from argosy.config import KVCacheDType
+from argosy.config import KVCacheDType, choose_cache_dtypes
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
@@ -34,7 +34,7 @@ def build_probe(mesh: ParallelMesh, kv_cache_dtype: KVCacheDType = "auto") -> Mo
     )
     load_weights(model, DIRECTORY, mapping=mapping)
     rotary = build_rotary_table(rotary_settings(config), torch.device("cpu"))
-    return ModelProbe(model, config, rotary, kv_cache_dtype=kv_cache_dtype)
+    return ModelProbe(model, config, rotary, choose_cache_dtypes(kv_cache_dtype))
 
 
 @pytest.mark.parametrize("chunk_size", [1000, 37])

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from argosy import LLM, SamplingParams
-from argosy.cache.cache_format import CacheDims, PlainFormat
+from argosy.cache.cache_format import build_cache_format
+from argosy.cache.layer_settings import CacheDims
 from argosy.cache.mla_kv_cache import MLAKVCache
+from argosy.config import CacheDTypes
 
 PAGE_BYTES = 4096
 
@@ -30,7 +32,7 @@ def test_an_unused_cache_takes_no_memory_on_a_cpu() -> None:
     before = _resident_bytes()
     dims = CacheDims(kv_lora_rank=32, qk_rope_head_dim=16, index_head_dim=16)
     cache = MLAKVCache(
-        PlainFormat(dims, torch.bfloat16),
+        build_cache_format(CacheDTypes(), dims, torch.bfloat16, torch.device("cpu")),
         num_layers=4,
         num_blocks=2**13,
         block_size=64,

@@ -8,12 +8,17 @@ import torch
 from argosy import LLM, RequestOutput, SamplingParams
 from argosy.engine.generation import Result
 
+KINDS: dict[str, dict[str, object]] = {
+    "int8": {"kv_cache_dtype": "int8"},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "fp8 index keys": {"index_cache_dtype": "fp8"},
+}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def _build(device: str, kind: str, **settings: object) -> LLM:
-    fixed = {"device": device, "dtype": "float32", "num_threads": 1, "max_model_len": 512, "kv_cache_dtype": kind}
-    return LLM(**{**fixed, **settings})  # type: ignore[arg-type]
+    fixed = {"device": device, "dtype": "float32", "num_threads": 1, "max_model_len": 512}
+    return LLM(**{**fixed, **KINDS[kind], **settings})  # type: ignore[arg-type]
 
 
 def _prompts() -> list[list[int]]:
@@ -29,7 +34,7 @@ def _tokens(results: list[Result]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in results if isinstance(output, RequestOutput)]
 
 
-@pytest.fixture(scope="module", params=["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["int8", "fp8 index keys", pytest.param("fp8", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -72,8 +77,9 @@ def test_a_prefix_hit_saves_work_and_changes_no_token(device: str, kind: str, al
 def test_the_same_memory_holds_more_blocks(device: str, kind: str) -> None:
     sizes = {"max_model_len": 256, "block_size": 16, "kv_cache_memory_bytes": 8 * 2**20}
     cache = _build(device, kind, **sizes).engine.runner.cache
-    bytes_per_block = 5 * 16 * (128 + 4 + 2 * 16 + 32 + 4)  # latent, its scale, rope key; index key, its scale
-    assert cache.latent.dtype == torch.uint8
+    latent = 4 * (128 + 16) if kind == "fp8 index keys" else 128 + 4 + 2 * 16  # or with a scale, rope keys in bf16
+    bytes_per_block = 5 * 16 * (latent + 32 + 4)  # and the index key with its scale
+    assert cache.index_k.dtype == torch.uint8
     assert cache.num_blocks == 8 * 2**20 // bytes_per_block
     assert cache.num_bytes == cache.num_blocks * bytes_per_block <= 8 * 2**20
 

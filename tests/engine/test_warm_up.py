@@ -16,6 +16,7 @@ from argosy import LLM, SamplingParams
 from argosy.assets import builtin_model_directory
 from argosy.cache.cache_format import build_cache_format
 from argosy.cache.rope import build_rotary_table
+from argosy.config import choose_cache_dtypes
 from argosy.distributed.ep_types import SINGLE_RANK_PLAN, ExchangePlan
 from argosy.engine.build_rank import cache_dims, rotary_settings
 from argosy.models.deepseek.config import ModelConfig, load_model_config
@@ -59,7 +60,9 @@ class Trials:
         self.launches.keys.clear()
         warm_up(
             self.model,
-            build_cache_format(self.kv_cache_dtype, cache_dims(self.config), torch.bfloat16, device),
+            build_cache_format(
+                choose_cache_dtypes(self.kv_cache_dtype), cache_dims(self.config), torch.bfloat16, device
+            ),
             build_rotary_table(rotary_settings(self.config), device),
             trials,
             block_size=BLOCK_SIZE,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from argosy.assets import builtin_model_directory
 from argosy.cache.rope import build_rotary_table
-from argosy.config import KVCacheDType
+from argosy.config import KVCacheDType, choose_cache_dtypes
 from argosy.engine.build_rank import rotary_settings
 from argosy.validation.probe import ModelProbe
 from tests.helpers.models import LoadedModel, load_model
@@ -30,7 +30,7 @@ class Case:
 def case(device: str) -> Case:
     plain = load_model(builtin_model_directory("argosy-tiny"), device=device)
     rotary = build_rotary_table(rotary_settings(plain.config), torch.device(device))
-    quantized = {kind: ModelProbe(plain.model, plain.config, rotary, kv_cache_dtype=kind) for kind in KINDS}
+    quantized = {kind: ModelProbe(plain.model, plain.config, rotary, choose_cache_dtypes(kind)) for kind in KINDS}
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(10, 3000, (n,), generator=generator).tolist() for n in (NUM_TOKENS, 64, 1)]
     return Case(plain, quantized, prompts, plain.probe.hidden_states(prompts, NUM_TOKENS))

@@ -1,4 +1,4 @@
-"""What a cache holds by ``kv_cache_dtype``: bytes a token, blocks for a given memory, and who is refused."""
+"""What a cache holds by ``kv_cache_dtype`` and ``index_cache_dtype``: bytes, blocks, and who is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from argosy.assets import builtin_model_directory
-from argosy.cache.cache_format import CacheDims, CacheFormat, NormSettings, PlainFormat, build_cache_format
+from argosy.cache.cache_format import build_cache_format
+from argosy.cache.index_key_format import PlainIndexKeys
+from argosy.cache.latent_format import PlainLatents
+from argosy.cache.layer_settings import CacheDims, NormSettings
 from argosy.cache.mla_kv_cache import MLAKVCache, kv_bytes_per_block
-from argosy.config import EngineConfig, KVCacheDType
+from argosy.config import CacheDTypes, EngineConfig, IndexCacheDType, KVCacheDType, choose_cache_dtypes
 from argosy.engine.build import prepare
 from argosy.engine.build_rank import cache_dims, measure_num_blocks
 from argosy.kernels import RotaryRows, attend_sparse, gather_cache, index_scores, write_cache
@@ -31,7 +34,13 @@ TINY = CacheDims(kv_lora_rank=48, qk_rope_head_dim=8, index_head_dim=16)
 
 
 def _cache(kind: KVCacheDType, dtype: torch.dtype = torch.float32) -> MLAKVCache:
-    return MLAKVCache(build_cache_format(kind, TINY, dtype, CPU), num_layers=2, num_blocks=5, block_size=4, device=CPU)
+    return MLAKVCache(
+        build_cache_format(choose_cache_dtypes(kind), TINY, dtype, CPU),
+        num_layers=2,
+        num_blocks=5,
+        block_size=4,
+        device=CPU,
+    )
 
 
 LATENT_NORM = NormSettings(torch.ones(48), 0.0)
@@ -54,17 +63,19 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "bytes_per_token"),
+    ("stored", "dtype", "bytes_per_token"),
     [
-        ("auto", torch.bfloat16, 1408),
-        ("auto", torch.float32, 2816),
-        ("int8", torch.bfloat16, 788),
-        ("fp8", torch.bfloat16, 788),
-        ("int8", torch.float32, 788),  # the rope part is bf16 there too
+        (CacheDTypes(), torch.bfloat16, 1408),
+        (CacheDTypes(), torch.float32, 2816),
+        (CacheDTypes(latent="int8", index_key="int8"), torch.bfloat16, 788),
+        (CacheDTypes(latent="fp8", index_key="fp8"), torch.bfloat16, 788),
+        (CacheDTypes(latent="int8", index_key="int8"), torch.float32, 788),  # the rope part is bf16 there too
+        (CacheDTypes(index_key="fp8"), torch.bfloat16, 1152 + 132),
+        (CacheDTypes(latent="int8"), torch.bfloat16, 656 + 256),
     ],
 )
-def test_bytes_of_a_token_of_the_published_model(kind: KVCacheDType, dtype: torch.dtype, bytes_per_token: int) -> None:
-    cache_format = build_cache_format(kind, cache_dims(parse_model_config(V32)), dtype, torch.device("meta"))
+def test_bytes_of_a_token_of_the_published_model(stored: CacheDTypes, dtype: torch.dtype, bytes_per_token: int) -> None:
+    cache_format = build_cache_format(stored, cache_dims(parse_model_config(V32)), dtype, torch.device("meta"))
     assert kv_bytes_per_block(cache_format, num_layers=1, block_size=1) == bytes_per_token
     assert kv_bytes_per_block(cache_format, num_layers=61, block_size=64) == 61 * 64 * bytes_per_token
 
@@ -96,10 +107,10 @@ def test_blocks_for_a_given_memory_grow_as_bytes_shrink() -> None:
 def test_an_index_head_that_no_hadamard_matrix_rotates_is_refused(kind: KVCacheDType) -> None:
     dims = dataclasses.replace(TINY, index_head_dim=24)
     with pytest.raises(
-        ValueError, match=rf"{kind}: index_head_dim \(24\) must be a power of two.*--kv-cache-dtype auto"
+        ValueError, match=rf"{kind}: index_head_dim \(24\) must be a power of two.*--index-cache-dtype model"
     ):
-        build_cache_format(kind, dims, torch.float32, CPU)
-    assert build_cache_format("auto", dims, torch.float32, CPU).index_k_width == 24
+        build_cache_format(choose_cache_dtypes(kind), dims, torch.float32, CPU)
+    assert build_cache_format(choose_cache_dtypes(kind, "model"), dims, torch.float32, CPU).index_keys.width == 24
 
 
 def test_the_refusal_comes_before_weights_are_read(tmp_path: Path) -> None:
@@ -113,21 +124,21 @@ def test_the_refusal_comes_before_weights_are_read(tmp_path: Path) -> None:
 
 
 def test_the_plain_format_is_the_kernels_themselves() -> None:
-    plain = PlainFormat(TINY, torch.float32)
+    latents, index_keys = PlainLatents(TINY, torch.float32), PlainIndexKeys(TINY, torch.float32)
     ours, theirs = torch.zeros(5, 4, 56), torch.zeros(5, 4, 56)
     slots, latent = torch.tensor([5, -1, 9]), _normed(_random(3, 56))
-    plain.write_latent(ours, slots, latent.clone(), LATENT_NORM, _no_rotation(3))
+    latents.write(ours, slots, latent.clone(), LATENT_NORM, _no_rotation(3))
     write_cache(theirs, slots, latent)
     table, query = torch.tensor([[1, 2]], dtype=torch.int32), _random(2, 3, 56, seed=1)
     torch.testing.assert_close(ours, theirs)
     ours = theirs
-    assert torch.equal(plain.gather_latent(ours, table, 7), gather_cache(theirs, table, 7))
+    assert torch.equal(latents.gather(ours, table, 7), gather_cache(theirs, table, 7))
     chosen = torch.tensor([[5, 9], [9, -1]])
     expected = attend_sparse(query, theirs, chosen, 48, 0.3)
-    assert torch.equal(plain.attend_sparse(query, ours, chosen, 0.3, is_full=False), expected)
+    assert torch.equal(latents.attend_sparse(query, ours, chosen, 0.3, is_full=False), expected)
     keys = _random(5, 4, 16, seed=2)
     index_q, weights = _random(1, 2, 4, 16, seed=3), _random(1, 2, 4, seed=4)
-    scores = plain.index_scores(index_q, keys, weights, table, torch.tensor([[7, 7]], dtype=torch.int32), 7)
+    scores = index_keys.score(index_q, keys, weights, table, torch.tensor([[7, 7]], dtype=torch.int32), 7)
     assert torch.equal(scores, index_scores(index_q, gather_cache(keys, table, 7), weights))
 
 
@@ -161,10 +172,36 @@ def test_writing_touches_its_slots_alone_and_reading_gives_them_back(kind: KVCac
     assert scores[0, 0, 1].item() == pytest.approx(index_k[0].float().square().sum().item(), rel=0.05)
 
 
-def test_every_choice_of_the_setting_has_a_format() -> None:
-    formats: list[CacheFormat] = [
-        build_cache_format(kind, TINY, torch.float32, CPU) for kind in ("auto", "int8", "fp8")
-    ]
-    assert [each.dtype for each in formats] == [torch.float32, torch.uint8, torch.uint8]
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "index_cache_dtype", "latent", "index_key"),
+    [
+        ("auto", "auto", "model", "model"),
+        ("int8", "auto", "int8", "int8"),
+        ("auto", "fp8", "model", "fp8"),
+        ("int8", "fp8", "int8", "fp8"),
+        ("fp8", "model", "fp8", "model"),
+    ],
+)
+def test_index_keys_follow_the_latent_unless_told_otherwise(
+    kv_cache_dtype: KVCacheDType, index_cache_dtype: IndexCacheDType, latent: str, index_key: str
+) -> None:
+    stored = EngineConfig(kv_cache_dtype=kv_cache_dtype, index_cache_dtype=index_cache_dtype).cache_dtypes
+    assert (stored.latent, stored.index_key) == (latent, index_key)
+    found = build_cache_format(stored, TINY, torch.float32, CPU)
+    dtypes = {"model": torch.float32, "int8": torch.uint8, "fp8": torch.uint8}
+    assert (found.latents.dtype, found.index_keys.dtype) == (dtypes[latent], dtypes[index_key])
+
+
+def test_choices_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, int8, fp8, got 'int4'"):
         EngineConfig(kv_cache_dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="index_cache_dtype must be one of auto, model, int8, fp8, got 'int4'"):
+        EngineConfig(index_cache_dtype="int4")  # type: ignore[arg-type]
+
+
+def test_the_number_format_says_what_index_keys_are() -> None:
+    assert EngineConfig(dtype="float32", quantization="none", index_cache_dtype="fp8").number_format == (
+        "float32, fp8 index keys"
+    )
+    told = EngineConfig(dtype="float32", quantization="none", kv_cache_dtype="int8", index_cache_dtype="model")
+    assert told.number_format == "float32, int8 cache, index keys in the model's dtype"

@@ -76,7 +76,9 @@ def test_a_token_may_change_at_a_tie_where_the_format_rounds() -> None:
 
 def test_formats_are_those_that_can_be_built() -> None:
     assert FORMATS == NAMES
-    with pytest.raises(ValueError, match="--formats takes some of stored, w8a8, int8_cache, fp8_cache, got int4"):
+    with pytest.raises(
+        ValueError, match="--formats takes some of stored, w8a8, int8_cache, fp8_cache, fp8_index_keys, got int4"
+    ):
         ValidateOptions(topologies=True, formats=("stored", "int4"))
 
 

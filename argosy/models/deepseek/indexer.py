@@ -2,7 +2,7 @@
 
 It scores with its own small heads and keys; it does not attend. RoPE here is *half-split* and comes first in each head,
 unlike MLA's (DeepSeek's model card of 2025-11-17 corrects the first release on this). The Hadamard rotation of the
-published code is orthogonal and serves quantisation only, so a quantised cache applies it (``cache/cache_format.py``).
+published code is orthogonal and serves quantisation only, so 8-bit keys get it (``cache/index_key_format.py``).
 Invariant: ties go to the lowest position, so the choice is the same on every rank and in every batch.
 
 Shape letters: T tokens, D hidden, J index heads, I index_head_dim, P qk_rope_head_dim.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from argosy.cache.cache_format import NormSettings
+from argosy.cache.layer_settings import NormSettings
 from argosy.cache.mla_kv_cache import LayerKV
 from argosy.kernels import RotaryRows, rope_half_split_, select_topk_mask, select_topk_slots
 from argosy.layers.forward_batch import AttentionMetadata, ForwardBatch, PrefillSegment

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from argosy.cache.cache_format import NormSettings
+from argosy.cache.layer_settings import NormSettings
 from argosy.cache.mla_kv_cache import LayerKV
 from argosy.kernels import absorb_into, attend_expanded_masked, is_masked_faster, linear_by_head, rope_interleaved_into
 from argosy.kernels.select import select_joined_linears
