@@ -80,8 +80,10 @@ def _read_own_comments(config_class: type) -> dict[str, str]:
     for node in class_node.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
-            # A name that says it all (ignore_eos) may go without a comment.
-            comments[name] = comment_by_line.get(node.end_lineno or node.lineno) or name.replace("_", " ")
+            # A default in brackets spans lines. A name that says it all (ignore_eos) may go without a comment.
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            found = [comment_by_line[line] for line in lines if line in comment_by_line]
+            comments[name] = found[-1] if found else name.replace("_", " ")
     return comments
 
 

@@ -38,7 +38,7 @@ from argosy.cli.invocation import (
 from argosy.cli.language_model import BuildLanguageModel, HostRanks, LanguageModel, build_llm, host_ranks
 from argosy.cli.load_plan import LoadPlanOptions, run_load_plan
 from argosy.cli.quantize import QuantizeOptions, run_quantize
-from argosy.cli.serve import ServeOptions, run_serve
+from argosy.cli.serve import ServeOptions, run_serve, run_serve_node
 from argosy.cli.terminal import Terminal, show_stages, system_terminal
 from argosy.cli.validate import ValidateOptions, run_validate
 from argosy.config import EngineConfig
@@ -69,6 +69,7 @@ class Command:
     run: Callable[[Any, Invocation], int]
     has_engine_flags: bool = True
     sampling_omits: frozenset[str] | None = None  # None: no sampling flags
+    run_node: Callable[[Any, Invocation], int] | None = None  # on nodes other than 0; None: computes once for node 0
 
 
 def run_version(options: VersionOptions, invocation: Invocation) -> int:
@@ -83,7 +84,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "demo": Command(options_class=DemoOptions, run=run_demo),
         "eval": Command(options_class=EvalOptions, run=run_eval),
         "validate": Command(options_class=ValidateOptions, run=run_validate),
-        "serve": Command(options_class=ServeOptions, run=run_serve),
+        "serve": Command(options_class=ServeOptions, run=run_serve, run_node=run_serve_node),
         "bench": Command(options_class=BenchOptions, run=run_bench),
         "bench serve": Command(options_class=BenchServeOptions, run=run_bench_serve, has_engine_flags=False),
         "quantize": Command(options_class=QuantizeOptions, run=run_quantize, has_engine_flags=False),
@@ -136,6 +137,8 @@ def main(
         options: object = build_config(command.options_class, flags)
         invocation = _build_invocation(command, parsed, tuple(arguments), terminal, build_llm)
         if invocation.engine_config.node_rank > 0:
+            if command.run_node is not None:
+                return command.run_node(options, invocation)
             return _host_ranks(invocation, host_ranks)
         return command.run(options, invocation)
     except Terminated:

@@ -35,6 +35,8 @@ from argosy.server.protocol import (
     TokenizeRequest,
     describe_validation,
 )
+from argosy.server.replica_choice import HEADER as REPLICA_HEADER
+from argosy.server.replica_choice import choose_replica
 from argosy.server.settings import ServerConfig
 from argosy.server.streaming import CLIENT_GONE_STATUS, EventStream, as_json, run_until_disconnect
 
@@ -71,12 +73,14 @@ class Service:
         self.started_s = int(time.time())
         self.max_model_len: int | None = None  # known once engines are ready
         self.max_num_running = 0  # completions that engines run at once
+        self.dp_size = 1
         self.is_draining = False
         self._describe_health = describe_health
         self._checker: PromptChecker | None = None
 
-    def open(self, max_model_len: int, max_num_running: int) -> None:
+    def open(self, max_model_len: int, max_num_running: int, dp_size: int = 1) -> None:
         """The engines are ready: take requests."""
+        self.dp_size = dp_size
         self.max_model_len = max_model_len
         self.max_num_running = max_num_running
         self._checker = PromptChecker(self.tokenizer, max_model_len)
@@ -133,7 +137,7 @@ class Service:
             )
         request_id = request.request_id or http.state.request_id
         many = len(prompts) > 1
-        replica = getattr(http.app.state, "data_parallel_rank", None)
+        replica = choose_replica(http, request.data_parallel_rank, self.dp_size)
         submissions = [
             Submission(
                 request_id=f"{request_id}-{i}" if many else request_id,
@@ -176,7 +180,7 @@ def build_app(service: Service, *, data_parallel_rank: int | None = None) -> Gat
             CORSMiddleware,
             allow_origins=list(service.settings.allowed_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id", REPLICA_HEADER],
         )
 
     def on_answer(method: str, path: str, status: int, request_id: str, duration_s: float) -> None:

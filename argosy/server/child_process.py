@@ -7,6 +7,7 @@ Invariant: after ``gone``, no process of it is left.
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
+PR_SET_PDEATHSIG = 1  # Linux: the signal this process gets when its parent dies
+ORPHAN_EXIT_CODE = 1  # of a child whose parent is gone
 _LENGTH_BYTES = 4  # of the number before the first words
 _ORPHANS_S = 2.0  # for the children of a process that died: they notice by themselves, and clean up
 _POLL_S = 0.05
@@ -41,6 +44,7 @@ class ChildProcess:
             start_new_session=True,
         )
         self.pid = self._process.pid
+        self.exit_code: int | None = None  # known when ``on_exit`` is called; below 0: the signal that ended it
         self.gone: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._copy_output, name=f"{name} output", daemon=True).start()
         threading.Thread(target=self._watch, name=f"{name} watcher", daemon=True).start()
@@ -55,8 +59,13 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
+    def terminate(self) -> None:
+        """Ask it to end, which it may do in its own time."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
     def _watch(self) -> None:
-        code = self._process.wait()
+        code = self.exit_code = self._process.wait()
         self._tell(self._on_exit, _explain(self._name, self.pid, code))
         _end_group(self.pid)
         stdin = self._process.stdin
@@ -85,6 +94,26 @@ class ChildProcess:
                     sys.stderr.flush()
 
 
+def die_with_parent() -> None:
+    """In the child, on Linux: however the parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def take_stdin() -> int:
+    """In the child: the standard input, which nobody else sees from now on."""
+    stdin = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return stdin
+
+
+def watch_parent(stdin_fd: int) -> None:
+    """In the child, after the first words: a thread that ends it with its parent. Its own children end with it."""
+    threading.Thread(target=_end_with_parent, args=(stdin_fd,), name="parent watcher", daemon=True).start()
+
+
 def read_first_words(stdin_fd: int) -> bytes:
     """In the child.
 
@@ -99,6 +128,12 @@ def is_stopped(pid: int) -> bool:
     """By a signal; False for a process that is gone, and where the system does not tell."""
     fields = _read_stat(pid)
     return fields is not None and fields[0] == "T"
+
+
+def _end_with_parent(stdin_fd: int) -> None:
+    """The other end is open as long as the parent lives."""
+    os.read(stdin_fd, 1)
+    os._exit(ORPHAN_EXIT_CODE)
 
 
 def _read_exactly(fd: int, num_bytes: int) -> bytes:

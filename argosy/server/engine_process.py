@@ -6,35 +6,31 @@ never outlives its parent, nor ends without a word unless it is killed; terminal
 for the parent does, after its requests.
 """
 
-import ctypes
 import os
 import signal
 import sys
-import threading
 import traceback
 
 import msgspec
 
 from argosy.distributed.fork_server_start import begin_fork_server
 from argosy.engine.wire import Spoke
-from argosy.server.child_process import read_first_words
+from argosy.server.child_process import die_with_parent, read_first_words, take_stdin, watch_parent
 from argosy.server.engine_messages import EngineCommand, EngineFailed, EngineLaunch, EngineReport, EngineStarted
 
-PR_SET_PDEATHSIG = 1  # Linux: the signal this process gets when its parent dies
 FAILURE_EXIT_CODE = 1
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or service manager sends them to all
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    stdin = _take_stdin()
+    die_with_parent()
+    stdin = take_stdin()
     try:
         launch = msgspec.msgpack.decode(read_first_words(stdin), type=EngineLaunch)
     except (RuntimeError, msgspec.MsgspecError) as error:
         sys.exit(f"{__package__}: {error}")
-    threading.Thread(target=_end_with_parent, args=(stdin,), name="parent watcher", daemon=True).start()
+    watch_parent(stdin)
     decoder: msgspec.msgpack.Decoder[EngineCommand] = msgspec.msgpack.Decoder(EngineCommand)
     spoke: Spoke[EngineReport, EngineCommand] = Spoke(decoder, launch.address, launch.peer)
     spoke.send(EngineStarted(os.getpid()))
@@ -53,21 +49,6 @@ def main() -> None:
     sys.stderr.flush()
     # NOTE(order): no interpreter shutdown: a device that failed may hold its threads.
     os._exit(exit_code)
-
-
-def _take_stdin() -> int:
-    """The standard input, which nobody else sees from now on."""
-    stdin = os.dup(0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    return stdin
-
-
-def _end_with_parent(stdin: int) -> None:
-    """A thread: the other end is open as long as the parent lives. The ranks of this process end with it."""
-    os.read(stdin, 1)
-    os._exit(FAILURE_EXIT_CODE)
 
 
 def _describe(error: BaseException) -> EngineFailed:

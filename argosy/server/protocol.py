@@ -74,6 +74,9 @@ class Sampling(Body):
     cache_salt: Name | None = None  # requests with different salts share no cached prefixes
     request_id: RequestId | None = None  # else X-Request-Id, else a new one
     timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None  # seconds; the server's limit holds too
+    data_parallel_rank: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = (
+        None  # the replica; else X-data-parallel-rank
+    )
     user: Annotated[str, StringConstraints(max_length=1024)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
     store: Literal[False] | None = None

@@ -31,7 +31,7 @@ from argosy.server.settings import ServerConfig
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 _POLL_S = 0.05
-_CLOSE_S = 10.0  # for engines to end in good order
+CLOSE_S = 10.0  # for engines to end in good order
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 30
 
@@ -130,7 +130,7 @@ async def _serve(
             return True  # nobody was served yet
         pool = board.engines = starting.result()
         metrics.watch_engines(lambda: read_engines(pool))
-        service.open(pool.description.max_model_len, config.max_num_seqs * config.dp_size)
+        service.open(pool.description.max_model_len, config.max_num_seqs * config.dp_size, config.dp_size)
         _announce(service, settings, pool, endpoints, say)
         await asyncio.wait((stopping, *running), return_when=asyncio.FIRST_COMPLETED)
         return await _drain(service, settings, say)
@@ -142,7 +142,7 @@ async def _serve(
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
         if pool is not None:
-            await pool.aclose(_CLOSE_S)
+            await pool.aclose(CLOSE_S)
 
 
 async def _drain(service: Service, settings: ServerConfig, say: Say) -> bool:

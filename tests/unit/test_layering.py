@@ -59,6 +59,9 @@ PURE_MODULES = (
     "argosy.server.engine_process",
     "argosy.server.engine_seat",
     "argosy.server.launch_plan",
+    "argosy.server.node",
+    "argosy.server.node_process",
+    "argosy.server.replica_choice",
     "argosy.server.run",
     "argosy.loadtest.client",
 )
@@ -83,13 +86,14 @@ RESERVED: Mapping[str, tuple[str, ...]] = {
     "yaml": (),
 }
 # Imports inside functions: the command line (a fast start), the front door, and what needs an optional package.
-# An engine process says that it lives before it imports torch.
+# An engine process says that it lives before it imports torch, and a node's program begins its fork server.
 LAZY_IMPORTERS = (
     "argosy.cli",
     "argosy.validation",
     "argosy.platforms",
     "argosy.kernels",
     "argosy.server.engine_process",
+    "argosy.server.node_process",
 )
 FORBIDDEN_CALLS = ("eval", "exec", "__import__")
 
