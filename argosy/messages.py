@@ -87,6 +87,7 @@ class TokenDelta(msgspec.Struct):
     stop_reason: int | str | None = None  # the stop token id or string that ended it; None for end-of-sequence
     new_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    queued_s: float = 0.0  # from the engine's knowing the request to its first step
 
 
 class CompletionOutput(msgspec.Struct):
@@ -133,6 +134,7 @@ class DeploymentStats(msgspec.Struct, frozen=True):
     tokens_per_expert: list[list[int]]
     tokens_per_rank: list[list[int]]  # that the experts of each ep rank computed
     num_late_compilations: int = 0  # of kernels, on all ranks, while requests could wait for them
+    communication_s: dict[str, float] = {}  # by axis, of all ranks together; see ``Communicator.waited_s``
 
     @property
     def replica_imbalance(self) -> float:

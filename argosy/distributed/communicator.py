@@ -10,10 +10,13 @@ A collective in a device graph runs at every replay, started by the device: ``ta
 ``bytes_sent`` counts what this rank sends to other ranks, by formula: n ranks, a tensor of B bytes that goes in.
     all_reduce 2 B (n - 1) / n     all_gather B (n - 1)     reduce_scatter, all_to_all B (n - 1) / n
     broadcast B (n - 1) at the source     all_to_all_v: the rows for other ranks
+``waited_s`` adds up how long the host started and awaited collectives, which includes waiting for slower ranks. What a
+card's own streams wait for is not in it, nor what a recording replays there: the host does not see these.
 """
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -54,6 +57,7 @@ class Communicator:
         self.size = len(ranks)
         self.label = ""
         self.bytes_sent: dict[str, int] = {}
+        self.waited_s: dict[str, float] = {}  # by operation
         self._group = group
         self._host_group = host_group
         self._recorder = recorder
@@ -73,6 +77,7 @@ class Communicator:
     def reset_counters(self) -> None:
         """Of this axis, under all its names."""
         self.bytes_sent.clear()
+        self.waited_s.clear()
 
     # --- equal shapes on all ranks ---------------------------------------------------------------------------------
 
@@ -261,7 +266,10 @@ class Communicator:
         except RuntimeError as error:
             self._recorder.fail(record, error)
         record.work = work
-        return _Flight(work, record, out, self._recorder, is_host or self._is_host)
+        waited_s = self.waited_s if is_host or self._is_host else None
+        if waited_s is not None:
+            waited_s[op] = waited_s.get(op, 0.0) + time.monotonic() - record.started_s
+        return _Flight(work, record, out, self._recorder, waited_s)
 
     def _check_divides(self, x: torch.Tensor) -> None:
         assert x.shape[0] % self.size == 0, f"{x.shape[0]} rows for {self.size} ranks of axis {self.axis}"
@@ -270,7 +278,7 @@ class Communicator:
 class _Flight:
     """A collective of this module in flight. ``wait`` may be called once or more."""
 
-    __slots__ = ("_is_host", "_out", "_record", "_recorder", "_work")
+    __slots__ = ("_out", "_record", "_recorder", "_waited_s", "_work")
 
     def __init__(
         self,
@@ -278,21 +286,25 @@ class _Flight:
         record: CollectiveRecord,
         out: torch.Tensor,
         recorder: FlightRecorder,
-        is_host: bool,
+        waited_s: dict[str, float] | None,
     ) -> None:
+        """``waited_s``: where to count the wait, by operation; None = on a card, where ``wait`` does not wait."""
         self._work = work
         self._record = record
         self._out = out
         self._recorder = recorder
-        self._is_host = is_host
+        self._waited_s = waited_s
 
     def wait(self) -> torch.Tensor:
+        started_s = time.monotonic()
         try:
             self._work.wait()
         except RuntimeError as error:
             self._recorder.fail(self._record, error)
-        if self._is_host and self._record.finished_s is None:
+        if self._waited_s is not None and self._record.finished_s is None:
             self._record.finish()
+            so_far = self._waited_s.get(self._record.op, 0.0)
+            self._waited_s[self._record.op] = so_far + time.monotonic() - started_s
         return self._out
 
 

@@ -11,8 +11,11 @@ def summarize_stats(replicas: Sequence[ReplicaStats], num_ep_ranks: int) -> Depl
     """``replicas`` by dp rank; ``num_ep_ranks``: ranks that share the experts (several such groups are added up)."""
     ranks = sorted((rank for replica in replicas for rank in replica.ranks), key=lambda rank: rank.rank)
     bytes_sent: Counter[str] = Counter()
+    communication_s: dict[str, float] = {}
     for rank in ranks:
         bytes_sent.update({axis: sum(operations.values()) for axis, operations in rank.bytes_sent.items()})
+        for axis, seconds in rank.waited_s.items():
+            communication_s[axis] = communication_s.get(axis, 0.0) + seconds
     by_ep_rank = [_add_layers(ranks[ep_rank::num_ep_ranks]) for ep_rank in range(num_ep_ranks)]
     layers = list(zip(*by_ep_rank, strict=True))
     return DeploymentStats(
@@ -24,6 +27,7 @@ def summarize_stats(replicas: Sequence[ReplicaStats], num_ep_ranks: int) -> Depl
         bytes_sent=dict(bytes_sent),
         tokens_per_expert=[[tokens for experts in layer for tokens in experts] for layer in layers],
         tokens_per_rank=[[sum(experts) for experts in layer] for layer in layers],
+        communication_s=communication_s,
         num_late_compilations=sum(rank.num_late_compilations for rank in ranks),
     )
 

@@ -12,6 +12,7 @@ from argosy.engine.replica_loop import count_replica
 from argosy.engine.replica_messages import RankStats, ReplicaStats, UpdateSettings
 from argosy.engine.request import Request
 from argosy.engine.scheduler import Scheduler
+from argosy.engine.step_times import StepTimes
 from argosy.messages import FinishReason, ScheduledBatch, TokenDelta
 from argosy.runner.model_runner import ModelRunner, StepInFlight
 
@@ -23,7 +24,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.is_eager = False  # nothing is replayed, even if it was recorded
-        self.step_s = 0.0  # statistics: it only grows
+        self._times = StepTimes()
         self._in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()  # oldest first
 
     def add(self, request: Request) -> None:
@@ -70,7 +71,7 @@ class EngineCore:
             self._forget_steps()
             raise
         self._forget_steps_of_nobody()
-        self.step_s += time.monotonic() - started_s
+        self._times.add(time.monotonic() - started_s)
         return deltas
 
     def update_settings(self, settings: UpdateSettings) -> None:
@@ -86,7 +87,7 @@ class EngineCore:
 
     def collect_stats(self, *, has_ranks: bool = True) -> ReplicaStats:
         """NOTE(sync): ``has_ranks`` reads the experts' counters from the device."""
-        return count_replica(self.scheduler, step_s=self.step_s, ranks=[self._count_rank()] if has_ranks else [])
+        return count_replica(self.scheduler, times=self._times, ranks=[self._count_rank()] if has_ranks else [])
 
     def _count_rank(self) -> RankStats:
         runner = self.runner

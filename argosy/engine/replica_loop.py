@@ -33,6 +33,7 @@ from argosy.engine.replica_messages import (
 )
 from argosy.engine.request import Request
 from argosy.engine.scheduler import Scheduler
+from argosy.engine.step_times import StepTimes
 from argosy.messages import ScheduledBatch, StepOutput, TokenDelta
 
 
@@ -81,7 +82,8 @@ class ReplicaLoop:
         self.is_stopped = False
         self.num_dummy_steps = 0
         self._recordings = policy.recordings  # all there are, also while none is to be replayed
-        self.step_s = 0.0  # statistics: it only grows
+        self._times = StepTimes()
+        self._proposed_s = 0.0  # how long the last proposal took
         self._executor = executor
         self._eos_token_ids = eos_token_ids
         self._coordinator = coordinator
@@ -120,7 +122,7 @@ class ReplicaLoop:
         if self._batch.is_empty and self._in_flight:
             self._finish_oldest()  # nothing can be planned before it is known
             self._batch = self.scheduler.schedule()
-        self.step_s += time.monotonic() - started_s
+        self._proposed_s = time.monotonic() - started_s
         return StepProposal(self.step, self._batch.num_tokens, self._batch.decode_length)
 
     def carry_out(self, agreement: StepAgreement) -> None:
@@ -130,7 +132,8 @@ class ReplicaLoop:
         self.step += 1
         started_s = time.monotonic()
         self._carry_out(batch, agreement)
-        self.step_s += time.monotonic() - started_s
+        if not batch.is_empty:
+            self._times.add(self._proposed_s + time.monotonic() - started_s)
 
     def _carry_out(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         if not batch.is_empty:
@@ -182,7 +185,7 @@ class ReplicaLoop:
             num_dummy_steps=self.num_dummy_steps,
             num_agreements=self._coordinator.num_agreements,
             coordination_s=self._coordinator.coordination_s,
-            step_s=self.step_s,
+            times=self._times,
             ranks=self._executor.collect_stats() if has_ranks else [],
         )
 
@@ -193,7 +196,7 @@ def count_replica(
     num_dummy_steps: int = 0,
     num_agreements: int = 0,
     coordination_s: float = 0.0,
-    step_s: float,
+    times: StepTimes,
     ranks: list[RankStats],
 ) -> ReplicaStats:
     """What a replica's scheduler knows, beside what is given."""
@@ -213,7 +216,8 @@ def count_replica(
         blocks_cached=blocks.num_cached_blocks,
         num_queried_tokens=scheduler.num_queried_tokens,
         num_cached_tokens=scheduler.num_cached_tokens,
-        step_s=step_s,
+        step_s=times.total_s,
+        steps_by_duration=list(times.counts),
     )
 
 

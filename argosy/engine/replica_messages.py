@@ -95,6 +95,7 @@ class RankStats(msgspec.Struct, frozen=True, tag=True):
     tokens_per_expert: list[list[int]] = []  # by MoE layer, of this rank's experts in order
     num_replays: int = 0  # steps from device graphs
     num_late_compilations: int = 0  # of kernels, since this rank was ready
+    waited_s: dict[str, float] = {}  # axis -> see ``Communicator.waited_s``
 
 
 class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
@@ -114,7 +115,8 @@ class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
     blocks_cached: int = 0  # held by no request, but with a prefix that the next may want
     num_queried_tokens: int = 0  # since the start: looked up in the prefix cache,
     num_cached_tokens: int = 0  # and found there
-    step_s: float = 0.0  # since the start: spent in steps, without agreeing on them
+    step_s: float = 0.0  # since the start: spent in steps with work, without agreeing on them
+    steps_by_duration: list[int] = []  # how many of these took how long, by the bounds in ``step_times.py``
 
 
 # --- leader -> the other ranks of its replica -------------------------------------------------------------------------

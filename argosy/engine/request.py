@@ -1,6 +1,6 @@
 """One generation, as the scheduler sees it: its tokens, how far they are computed, and what it holds while it runs.
 
-It schedules nothing: what it holds is written by the scheduler alone. Text and times are the output processor's.
+It schedules nothing: what it holds is written by the scheduler alone. Text and latencies are the output processor's.
 Invariant: ``num_computed_tokens < num_tokens`` while unfinished and in no step in flight, so there is always a next
 token to sample.
 """
@@ -48,6 +48,7 @@ class Request:
     """
 
     __slots__ = (
+        "added_s",
         "all_token_ids",
         "arrival",
         "block_hashes",
@@ -63,6 +64,7 @@ class Request:
         "num_published_blocks",
         "num_slots",
         "priority",
+        "queued_s",
         "request_id",
         "reserve_at",
         "row",
@@ -94,6 +96,8 @@ class Request:
 
         self.status = RequestStatus.WAITING
         self.arrival = -1  # order of add(), kept through preemptions
+        self.added_s = 0.0  # time.monotonic of add()
+        self.queued_s = 0.0  # from add() to the first step
         self.max_total_tokens = 0  # prompt + output may not grow past this; known once added
         self.num_computed_tokens = 0  # by now or by a step in flight: where the next step goes on
         self.num_cached_tokens = 0  # found by prefix match when first admitted

@@ -8,6 +8,7 @@ with nothing in flight the oldest running request gets at least one token.
 """
 
 import heapq
+import time
 from bisect import insort
 from collections.abc import Sequence
 
@@ -90,6 +91,7 @@ class Scheduler:
         request.limit_length(self.max_model_len)
         check_fits_cache(request, self.block_manager.block_size, self.block_manager.num_usable_blocks)
         request.arrival = self._num_arrivals
+        request.added_s = time.monotonic()
         self._num_arrivals += 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
@@ -295,6 +297,7 @@ class Scheduler:
         request.num_published_blocks = len(matched)
         if request.status is RequestStatus.WAITING:  # after a preemption, its own tokens are no saving to report
             request.num_cached_tokens = num_computed
+            request.queued_s = time.monotonic() - request.added_s
         self.num_queried_tokens += request.num_tokens
         self.num_cached_tokens += num_computed
         request.row = heapq.heappop(self._free_rows)
@@ -326,9 +329,8 @@ class Scheduler:
                 deltas.append(self._append_tokens(request, new_token_ids, new_logprobs))
                 continue
             all_token_ids.append(token_id)
-            deltas.append(
-                TokenDelta(request.request_id, new_token_ids, None, None, new_logprobs, request.num_cached_tokens)
-            )
+            num_cached, queued_s = request.num_cached_tokens, request.queued_s
+            deltas.append(TokenDelta(request.request_id, new_token_ids, None, None, new_logprobs, num_cached, queued_s))
 
     def _apply_any(
         self, request: Request, num_done: int, new_token_ids: list[int], new_logprobs: Logprobs
@@ -369,8 +371,10 @@ class Scheduler:
                 self._release(request)
             else:
                 self._steps[-1].held.append(request)  # it computes the token that has just ended the request
-        num_cached = request.num_cached_tokens
-        return TokenDelta(request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, num_cached)
+        num_cached, queued_s = request.num_cached_tokens, request.queued_s
+        return TokenDelta(
+            request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, num_cached, queued_s
+        )
 
     def _publish_computed_blocks(self, request: Request, num_computed: int) -> None:
         """``num_computed``: tokens that are known and whose step is done."""

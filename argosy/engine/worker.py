@@ -180,6 +180,7 @@ class RankWorker:
         return RankStats(
             rank=self._context.rank,
             bytes_sent={each.axis: dict(each.bytes_sent) for each in communicators},
+            waited_s={each.axis: sum(each.waited_s.values()) for each in communicators if each.waited_s},
             tokens_per_expert=runner.model.expert_load.local_counts(),
             num_late_compilations=runner.compilations.num_compilations,
             num_replays=runner.num_replays,

@@ -147,6 +147,7 @@ class Service:
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 data_parallel_rank=replica,
+                trace_parent=http.headers.get("traceparent"),
             )
             for i, prompt in enumerate(prompts)
         ]

@@ -15,7 +15,7 @@ from argosy.server.chat_stream import ChatPiece, ChatStream
 from argosy.server.completions import token_text
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import ChatRequest
-from argosy.server.streaming import DONE, as_event
+from argosy.server.streaming import DONE, EventFrame
 from argosy.server.usage import Usage
 
 
@@ -53,16 +53,17 @@ class ChatAnswer:
         shows_usage = options is not None and (options.include_usage or options.continuous_usage_stats)
         is_continuous = options is not None and options.continuous_usage_stats
         extra: dict[str, object] = {"usage": None} if shows_usage else {}
-        yield as_event(base | {"choices": first} | extra)
+        frame = EventFrame(base)
+        yield frame.fill({"choices": first} | extra)
         async for position, output in feed:
             self._usage.add(position, output)
             choices = [chunk for each in output.outputs if (chunk := self._chunk(each)) is not None]
             if choices:
                 if is_continuous:
                     extra = {"usage": self._usage.as_dict()}
-                yield as_event(base | {"choices": choices} | extra)
+                yield frame.fill({"choices": choices} | extra)
         if options is not None and options.include_usage:
-            yield as_event(base | {"choices": [], "usage": self._usage.as_dict()})
+            yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
 
     def _base(self, kind: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.messages import CompletionOutput, RequestOutput, TokenLogprobs
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import CompletionRequest, GenerateRequest
-from argosy.server.streaming import DONE, as_event
+from argosy.server.streaming import DONE, EventFrame, as_event
 from argosy.server.usage import Usage
 
 
@@ -50,6 +50,7 @@ class CompletionAnswer:
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
         started: set[int] = set()
+        frame = EventFrame(self._base)
         async for position, output in feed:
             self._usage.add(position, output)
             choices = []
@@ -60,12 +61,12 @@ class CompletionAnswer:
                     started.add(index)
             if not choices:
                 continue
-            chunk = self._base | {"choices": choices}
+            chunk: dict[str, object] = {"choices": choices}
             if options is not None and (options.include_usage or options.continuous_usage_stats):
                 chunk["usage"] = self._usage.as_dict() if options.continuous_usage_stats else None
-            yield as_event(chunk)
+            yield frame.fill(chunk)
         if options is not None and options.include_usage:
-            yield as_event(self._base | {"choices": [], "usage": self._usage.as_dict()})
+            yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
 
     def _index(self, position: int, completion: CompletionOutput) -> int:

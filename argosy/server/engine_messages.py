@@ -142,6 +142,16 @@ class EngineSnapshot(msgspec.Struct, frozen=True, tag=True):
         return sum(each.step_s for each in self.replicas)
 
     @property
+    def steps_by_duration(self) -> list[int]:
+        """How many steps took how long, by the bounds in ``step_times.py``."""
+        return [sum(counts) for counts in zip(*(each.steps_by_duration for each in self.replicas), strict=False)]
+
+    @property
+    def num_graph_replays(self) -> int:
+        """Of all ranks, as of the last slow beat."""
+        return sum(rank.num_replays for each in self.replicas for rank in each.ranks)
+
+    @property
     def coordination_s(self) -> float:
         """Seconds that replicas spent agreeing, which includes waiting for slower ones."""
         return sum(each.coordination_s for each in self.replicas)

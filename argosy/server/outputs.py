@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from argosy.engine.output_processor import OutputProcessor
@@ -19,6 +19,7 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.messages import FinishReason, RequestOutput, TokenDelta
 from argosy.sampling_params import SamplingParams
 from argosy.server.errors import ApiError, overloaded
+from argosy.server.records import NoTracer, RequestRecord, Tracer
 
 
 class EngineDoor(Protocol):
@@ -42,18 +43,19 @@ class Submission:
     priority: int = 0
     cache_salt: str | None = None
     data_parallel_rank: int | None = None
+    trace_parent: str | None = None  # the caller's span, as the header says it
 
 
 class Recorder(Protocol):
     """What hears of every output: the metrics in a server."""
 
-    def observe_first_token(self, seconds: float) -> None: ...
+    def observe_first_token(self, seconds: float, num_prompt_tokens: int, num_cached_tokens: int) -> None: ...
 
     def observe_tokens(self, num_tokens: int, seconds: float) -> None: ...
 
     def count_generated(self, num_tokens: int) -> None: ...
 
-    def observe_end(self, output: RequestOutput, reasons: Sequence[str], num_output_tokens: int) -> None: ...
+    def observe_end(self, record: RequestRecord) -> None: ...
 
 
 @dataclass(slots=True)
@@ -61,10 +63,32 @@ class _Entry:
     """A request under way."""
 
     feed: "OutputFeed"
+    submission: Submission
     child_ids: tuple[str, ...]
     arrival_s: float
-    last_tokens_s: float | None = None  # when the last tokens came
+    first_token_s: float | None = None
+    last_tokens_s: float = 0.0  # when the last tokens came
     num_tokens: int = 0
+    tokens_by_child: dict[str, int] = field(default_factory=dict)  # empty with one child
+    num_cached_tokens: int = 0
+    queued_s: float = 0.0
+
+    def describe(self, finish_reasons: tuple[str, ...], finished_s: float | None, error: str | None) -> RequestRecord:
+        return RequestRecord(
+            request_id=self.submission.request_id,
+            params=self.submission.params,
+            num_prompt_tokens=len(self.submission.prompt.token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_tokens,
+            longest_output=max(self.tokens_by_child.values(), default=self.num_tokens),
+            arrival_s=self.arrival_s,
+            queued_s=self.queued_s,
+            first_token_s=self.first_token_s,
+            finished_s=finished_s,
+            finish_reasons=finish_reasons,
+            error=error,
+            trace_parent=self.submission.trace_parent,
+        )
 
 
 class OutputFeed:
@@ -75,7 +99,7 @@ class OutputFeed:
         self._positions = {request_id: i for i, request_id in enumerate(request_ids)}
         self._unfinished = set(request_ids)
         self._news: deque[RequestOutput] = deque()
-        self._error: ApiError | None = None
+        self.error: ApiError | None = None
         self._has_news = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -86,8 +110,8 @@ class OutputFeed:
         """
         while self._unfinished:
             if not self._news:
-                if self._error is not None:
-                    raise self._error
+                if self.error is not None:
+                    raise self.error
                 self._has_news.clear()
                 await self._has_news.wait()
                 continue
@@ -106,7 +130,7 @@ class OutputFeed:
         self._has_news.set()
 
     def fail(self, error: ApiError) -> None:
-        self._error = self._error or error
+        self.error = self.error or error
         self._has_news.set()
 
     def close(self) -> None:
@@ -118,11 +142,18 @@ class OutputFeed:
 class RequestBoard:
     """All requests under way. ``engines`` may be set after construction, because a pool needs ``deliver`` first."""
 
-    def __init__(self, tokenizer: Tokenizer, recorder: Recorder, engines: EngineDoor | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        recorder: Recorder,
+        engines: EngineDoor | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._processor = OutputProcessor(tokenizer)
         self._entries: dict[str, _Entry] = {}  # by user request id
         self._owners: dict[str, str] = {}  # by engine request id: the user request's
         self._recorder = recorder
+        self._tracer = tracer or NoTracer()
         self.engines = engines
 
     @property
@@ -154,8 +185,7 @@ class RequestBoard:
         """The pool's news."""
         assert self.engines is not None
         now_s = time.monotonic()
-        for delta in deltas:
-            self._record(delta, now_s)
+        self._recorder.count_generated(sum([self._record(delta, now_s) for delta in deltas]))
         processed = self._processor.process(deltas, now_s)
         for request_id, reason in processed.finish_request_ids:
             self.engines.finish(request_id, reason)
@@ -163,8 +193,8 @@ class RequestBoard:
             entry = self._entries[output.request_id]
             entry.feed.put(output)
             if output.finished:
-                reasons = [each.finish_reason for each in output.outputs if each.finish_reason is not None]
-                self._recorder.observe_end(output, reasons, entry.num_tokens)
+                reasons = tuple(each.finish_reason for each in output.outputs if each.finish_reason is not None)
+                self._tell_end(entry.describe(reasons, now_s, None))
                 self._forget(output.request_id)
 
     def refuse(self, child_id: str, message: str, is_users_fault: bool) -> None:
@@ -188,8 +218,11 @@ class RequestBoard:
         entry = self._entries.get(request_id)
         if entry is None or entry.feed is not feed:
             return
-        for child_id in self._processor.remove(request_id):
+        running = self._processor.remove(request_id)
+        for child_id in running:
             self.engines.abort(child_id)
+        error = None if feed.error is None else feed.error.message
+        self._tell_end(entry.describe(("abort",) * len(running), None, error))
         self._forget(request_id)
 
     def _start(self, submission: Submission, feed: OutputFeed) -> None:
@@ -207,7 +240,7 @@ class RequestBoard:
             is_delta=submission.is_streamed,
         )
         child_ids = tuple(child.request_id for child in children)
-        self._entries[request_id] = _Entry(feed, child_ids, time.monotonic())
+        self._entries[request_id] = _Entry(feed, submission, child_ids, time.monotonic())
         self._owners.update((child_id, request_id) for child_id in child_ids)
         for child in children:
             request = AddRequest(
@@ -224,18 +257,29 @@ class RequestBoard:
             except RuntimeError as error:
                 raise ApiError(503, str(error), code="no_engine", retry_after_s=5) from error
 
-    def _record(self, delta: TokenDelta, now_s: float) -> None:
+    def _record(self, delta: TokenDelta, now_s: float) -> int:
+        """How many tokens it has."""
         entry = self._entries.get(self._owners.get(delta.request_id, ""))
         num_tokens = len(delta.new_token_ids)
         if entry is None or not num_tokens:
-            return
-        self._recorder.count_generated(num_tokens)
-        if entry.last_tokens_s is None:
-            self._recorder.observe_first_token(now_s - entry.arrival_s)
+            return 0
+        if entry.first_token_s is None:
+            entry.first_token_s, entry.queued_s = now_s, delta.queued_s
+            entry.num_cached_tokens = delta.num_cached_tokens
+            num_prompt_tokens = len(entry.submission.prompt.token_ids)
+            self._recorder.observe_first_token(now_s - entry.arrival_s, num_prompt_tokens, delta.num_cached_tokens)
         elif len(entry.child_ids) == 1:
             self._recorder.observe_tokens(num_tokens, now_s - entry.last_tokens_s)
+        if len(entry.child_ids) > 1:
+            so_far = entry.tokens_by_child.get(delta.request_id, 0)
+            entry.tokens_by_child[delta.request_id] = so_far + num_tokens
         entry.last_tokens_s = now_s
         entry.num_tokens += num_tokens
+        return num_tokens
+
+    def _tell_end(self, record: RequestRecord) -> None:
+        self._recorder.observe_end(record)
+        self._tracer.record(record)
 
     def _forget(self, request_id: str) -> None:
         entry = self._entries.pop(request_id, None)

@@ -19,14 +19,16 @@ from argosy.distributed.layout import ParallelLayout
 from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.tokenizer import Tokenizer
 from argosy.server.api_server import Service, build_app
-from argosy.server.engine_metrics import read_engines
+from argosy.server.engine_metrics import EngineMetrics
 from argosy.server.engine_pool import EnginePool
-from argosy.server.engine_seat import PoolSettings
+from argosy.server.engine_seat import PoolSettings, StartProcess, start_engine_process
 from argosy.server.errors import ApiError
 from argosy.server.logs import logger, set_up
 from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import RequestBoard
 from argosy.server.settings import ServerConfig
+from argosy.server.tracing import build_tracer
+from argosy.server.wire_protocol import WireProtocol
 
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
@@ -50,9 +52,17 @@ class Endpoint:
 
 
 def serve(
-    config: EngineConfig, settings: ServerConfig, *, version: str, say: Say, on_progress: OnProgress | None = None
+    config: EngineConfig,
+    settings: ServerConfig,
+    *,
+    version: str,
+    say: Say,
+    on_progress: OnProgress | None = None,
+    start_process: StartProcess = start_engine_process,
 ) -> bool:
     """Serve until a signal ends it. False: requests were cut off by the end of the shutdown's time.
+
+    ``start_process`` is for tests and benchmarks.
 
     Raises:
         ValueError: settings, a model or a machine that cannot work.
@@ -63,7 +73,7 @@ def serve(
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     set_up(settings.log_level)
     with _open_endpoints(settings, config.dp_size) as endpoints:
-        return asyncio.run(_serve(config, settings, tokenizer, endpoints, version, say, on_progress))
+        return asyncio.run(_serve(config, settings, tokenizer, endpoints, version, say, on_progress, start_process))
 
 
 @contextlib.contextmanager
@@ -94,10 +104,12 @@ async def _serve(
     version: str,
     say: Say,
     on_progress: OnProgress | None,
+    start_process: StartProcess,
 ) -> bool:
     names = settings.served_model_name or (config.model,)
-    metrics = ServerMetrics(names[0])
-    board = RequestBoard(tokenizer, metrics)
+    metrics = ServerMetrics(names[0], version)
+    tracer = build_tracer(settings.otlp_traces_endpoint, names[0], version)
+    board = RequestBoard(tokenizer, metrics, tracer=tracer)
     pool: EnginePool | None = None
     service = Service(
         settings,
@@ -121,6 +133,7 @@ async def _serve(
             deliver=board.deliver,
             refuse=board.refuse,
             on_progress=on_progress,
+            start_process=start_process,
         )
     )
     try:
@@ -129,7 +142,7 @@ async def _serve(
         if not starting.done():
             return True  # nobody was served yet
         pool = board.engines = starting.result()
-        metrics.watch_engines(lambda: read_engines(pool))
+        metrics.watch_engines(EngineMetrics(metrics.model, pool))
         service.open(pool.description.max_model_len, config.max_num_seqs * config.dp_size, config.dp_size)
         _announce(service, settings, pool, endpoints, say)
         await asyncio.wait((stopping, *running), return_when=asyncio.FIRST_COMPLETED)
@@ -143,6 +156,7 @@ async def _serve(
             await asyncio.gather(starting, return_exceptions=True)
         if pool is not None:
             await pool.aclose(CLOSE_S)
+        await asyncio.to_thread(tracer.close)
 
 
 async def _drain(service: Service, settings: ServerConfig, say: Say) -> bool:
@@ -180,7 +194,7 @@ class _Server(uvicorn.Server):
 def _build_server(service: Service, settings: ServerConfig, endpoint: Endpoint) -> uvicorn.Server:
     config = uvicorn.Config(
         build_app(service, data_parallel_rank=endpoint.data_parallel_rank),
-        http="h11",  # httptools swallows headers of many megabytes and answers 200
+        http=WireProtocol,  # of h11: httptools swallows headers of many megabytes and answers 200
         ws="none",
         lifespan="off",
         log_config=None,

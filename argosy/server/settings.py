@@ -35,6 +35,7 @@ class ServerConfig:
     ssl_keyfile: str | None = None
     allowed_origins: tuple[str, ...] = ()  # origins whose pages may call this server (CORS)
     vllm_metric_names: bool = False  # /metrics also under vLLM's names, for dashboards and routers that know those
+    otlp_traces_endpoint: str | None = None  # URL of an OpenTelemetry collector (OTLP over HTTP); needs extra "otel"
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
@@ -59,6 +60,12 @@ class ServerConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError(
                 f"ssl_certfile ({self.ssl_certfile!r}) and ssl_keyfile ({self.ssl_keyfile!r}) belong together; set both"
+            )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                f"otlp_traces_endpoint must be a URL of http or https, got {endpoint!r}; set --otlp-traces-endpoint to "
+                "something like http://127.0.0.1:4318/v1/traces"
             )
         self._check_keys()
 

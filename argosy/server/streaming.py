@@ -4,7 +4,7 @@ Invariant: when the answer is over, for whatever reason, ``close`` was called: n
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from argosy.server.errors import ApiError
+from argosy.server.wire_protocol import BODY_WRITER
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -22,6 +23,17 @@ _encode = msgspec.json.Encoder().encode
 
 def as_event(payload: object) -> bytes:
     return b"data: " + _encode(payload) + b"\n\n"
+
+
+class EventFrame:
+    """Events that begin alike: what they share, which must not be empty, is encoded once."""
+
+    def __init__(self, base: Mapping[str, object]) -> None:
+        self._head = b"data: " + _encode(base)[:-1] + b","
+
+    def fill(self, fields: Mapping[str, object]) -> bytes:
+        """An event with these fields, at least one, behind the shared ones."""
+        return b"%b%b\n\n" % (self._head, _encode(fields)[1:])
 
 
 def as_json(payload: object, status: int = 200) -> Response:
@@ -40,7 +52,9 @@ class EventStream(Response):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send_all(send))
+        writer = scope.get("extensions", {}).get(BODY_WRITER)
+        write = _never if writer is None else writer.write
+        sending = asyncio.ensure_future(self._send_all(send, write))
         leaving = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -52,15 +66,20 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, write: Callable[[bytes], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if not write(event):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         except ApiError as error:
             body = as_event(error.body) + DONE
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _never(data: bytes) -> bool:
+    return False
 
 
 async def run_until_disconnect(request: Request, work: Awaitable[T], close: Callable[[], None]) -> T | None:

@@ -1,5 +1,6 @@
 """Every collective against plain arithmetic on one process, and its bytes against the formula."""
 
+import time
 import pytest
 import torch
 
@@ -100,6 +101,22 @@ def bytes_by_formula(context: PoolContext) -> dict[str, int]:
     named.reset_counters()
     assert ep.bytes_sent == {}
     return counted
+
+
+def waited_for_a_slow_rank(context: PoolContext) -> tuple[dict[str, float], dict[str, float]]:
+    ep = context.communicator()
+    if ep.rank == 1:
+        time.sleep(0.3)
+    ep.named("layer 3 attention").all_reduce(torch.ones(4))
+    waited = dict(ep.waited_s)
+    ep.reset_counters()
+    return waited, ep.waited_s
+
+
+def test_waiting_for_a_slow_rank_is_counted(rank_pool: RankPool) -> None:
+    for rank, (waited, after_reset) in enumerate(rank_pool.run(waited_for_a_slow_rank, world=2)):
+        assert list(waited) == ["all_reduce"] and after_reset == {}
+        assert waited["all_reduce"] > 0.2 if rank == 0 else 0 < waited["all_reduce"] < 0.2
 
 
 def test_bytes_follow_the_formula(rank_pool: RankPool) -> None:

@@ -101,6 +101,7 @@ def test_an_idle_replica_takes_dummy_steps_and_counts_them(llm: LLM) -> None:
     ranks = [rank for replica in after for rank in replica.ranks]
     assert [rank.rank for rank in ranks] == [0, 1, 2, 3]
     assert all(rank.bytes_sent["ep"] and rank.bytes_sent["tp"] for rank in ranks)
+    assert all(0 < rank.waited_s[axis] < 600 for rank in ranks for axis in ("ep", "tp"))
 
 
 def test_expert_load_counts_every_token_once_a_layer(llm: LLM) -> None:

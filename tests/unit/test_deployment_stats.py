@@ -19,7 +19,10 @@ def replica(steps: int, dummies: int, tokens: int, agreed: tuple[int, float], *r
 
 def rank(number: int, *layers: list[int]) -> RankStats:
     return RankStats(
-        number, {"tp": {"all_gather": 10, "reduce_scatter": 5}, "ep": {"all_to_all": number}}, list(layers)
+        number,
+        {"tp": {"all_gather": 10, "reduce_scatter": 5}, "ep": {"all_to_all": number}},
+        list(layers),
+        waited_s={"tp": 0.5, "ep": float(number)},
     )
 
 
@@ -31,6 +34,7 @@ def test_experts_stand_in_the_order_of_their_ranks() -> None:
     assert stats.tokens_per_rank == [[3, 7, 10, 10], [11, 15, 0, 0]]
     assert (stats.num_ranks, stats.num_steps, stats.num_dummy_steps) == (4, [8, 6], [0, 2])
     assert stats.bytes_sent == {"tp": 60, "ep": 6}
+    assert stats.communication_s == {"tp": 2.0, "ep": 6.0}
     assert round(stats.coordination_us) == 400
     assert stats.replica_imbalance == 1.5
 

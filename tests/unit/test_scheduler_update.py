@@ -1,6 +1,7 @@
 """What ``Scheduler.update`` and the ends of requests must do; what a step computes is in ``test_scheduler.py``."""
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -256,3 +257,16 @@ class _Watched(Request):
     """With a weak reference, which slots rule out."""
 
     __slots__ = ("__weakref__",)
+
+
+def test_every_delta_says_how_long_its_request_was_queued() -> None:
+    """The first wait counts, not that after a preemption; and a request that comes later has not waited for it."""
+    simulation = Simulation(max_model_len=10)
+    simulation.add(PROMPT[:4], max_tokens=3)
+    time.sleep(0.02)
+    (first,) = answer(simulation, {"r0": [7]})
+    time.sleep(0.02)
+    simulation.add(PROMPT[:3], max_tokens=3)
+    second = {delta.request_id: delta.queued_s for delta in answer(simulation, {"r0": [7], "r1": [7]})}
+    assert first.queued_s >= 0.02 and second["r0"] == first.queued_s
+    assert 0 < second["r1"] < 0.02
