@@ -1,4 +1,4 @@
-"""What ships inside the package: the built-in model and its held-out questions."""
+"""What ships inside the package: the built-in model, its held-out questions, and the console's page."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -20,3 +20,8 @@ def builtin_model_directory(name: str) -> Path:
 def builtin_questions_file() -> Path:
     """The held-out questions of ``argosy eval``, one JSON object a line."""
     return Path(str(files("argosy.assets").joinpath("questions.jsonl")))
+
+
+def read_console_file(name: str) -> str:
+    """A part of the console's page."""
+    return files("argosy.assets").joinpath("console", name).read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ One rank agrees with itself and exchanges nothing. Replicas in other processes h
 in flight and no request holds blocks or rows.
 """
 
+import os
 import time
 from collections import deque
 
@@ -24,7 +25,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.is_eager = False  # nothing is replayed, even if it was recorded
-        self._times = StepTimes()
+        self.times = StepTimes()
         self._in_flight: deque[tuple[ScheduledBatch, StepInFlight]] = deque()  # oldest first
 
     def add(self, request: Request) -> None:
@@ -71,7 +72,7 @@ class EngineCore:
             self._forget_steps()
             raise
         self._forget_steps_of_nobody()
-        self._times.add(time.monotonic() - started_s)
+        self.times.add(time.monotonic() - started_s, batch.num_tokens)
         return deltas
 
     def update_settings(self, settings: UpdateSettings) -> None:
@@ -87,12 +88,13 @@ class EngineCore:
 
     def collect_stats(self, *, has_ranks: bool = True) -> ReplicaStats:
         """NOTE(sync): ``has_ranks`` reads the experts' counters from the device."""
-        return count_replica(self.scheduler, times=self._times, ranks=[self._count_rank()] if has_ranks else [])
+        return count_replica(self.scheduler, times=self.times, ranks=[self._count_rank()] if has_ranks else [])
 
     def _count_rank(self) -> RankStats:
         runner = self.runner
         return RankStats(
             rank=0,
+            pid=os.getpid(),
             bytes_sent={},
             tokens_per_expert=runner.model.expert_load.local_counts(),
             num_replays=runner.num_replays,

@@ -82,7 +82,7 @@ class ReplicaLoop:
         self.is_stopped = False
         self.num_dummy_steps = 0
         self._recordings = policy.recordings  # all there are, also while none is to be replayed
-        self._times = StepTimes()
+        self.times = StepTimes()
         self._proposed_s = 0.0  # how long the last proposal took
         self._executor = executor
         self._eos_token_ids = eos_token_ids
@@ -132,8 +132,8 @@ class ReplicaLoop:
         self.step += 1
         started_s = time.monotonic()
         self._carry_out(batch, agreement)
-        if not batch.is_empty:
-            self._times.add(self._proposed_s + time.monotonic() - started_s)
+        if not self.is_asleep:
+            self.times.add(self._proposed_s + time.monotonic() - started_s, batch.num_tokens)
 
     def _carry_out(self, batch: ScheduledBatch, agreement: StepAgreement) -> None:
         if not batch.is_empty:
@@ -185,7 +185,7 @@ class ReplicaLoop:
             num_dummy_steps=self.num_dummy_steps,
             num_agreements=self._coordinator.num_agreements,
             coordination_s=self._coordinator.coordination_s,
-            times=self._times,
+            times=self.times,
             ranks=self._executor.collect_stats() if has_ranks else [],
         )
 
@@ -218,6 +218,7 @@ def count_replica(
         num_cached_tokens=scheduler.num_cached_tokens,
         step_s=times.total_s,
         steps_by_duration=list(times.counts),
+        recent_steps=times.recent(),
     )
 
 

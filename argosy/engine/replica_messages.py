@@ -9,6 +9,7 @@ import msgspec
 
 from argosy.config import EPMode
 from argosy.distributed.dp_coord import StepAgreement
+from argosy.engine.step_times import StepTime
 from argosy.messages import FinishReason, ScheduledBatch, TokenDelta
 from argosy.sampling_params import SamplingParams
 
@@ -96,6 +97,7 @@ class RankStats(msgspec.Struct, frozen=True, tag=True):
     num_replays: int = 0  # steps from device graphs
     num_late_compilations: int = 0  # of kernels, since this rank was ready
     waited_s: dict[str, float] = {}  # axis -> see ``Communicator.waited_s``
+    pid: int = 0
 
 
 class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
@@ -117,6 +119,7 @@ class ReplicaStats(msgspec.Struct, frozen=True, tag=True):
     num_cached_tokens: int = 0  # and found there
     step_s: float = 0.0  # since the start: spent in steps with work, without agreeing on them
     steps_by_duration: list[int] = []  # how many of these took how long, by the bounds in ``step_times.py``
+    recent_steps: list[StepTime] = []  # oldest first, as many as are remembered
 
 
 # --- leader -> the other ranks of its replica -------------------------------------------------------------------------

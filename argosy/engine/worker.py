@@ -179,6 +179,7 @@ class RankWorker:
         communicators = (mesh.world, mesh.tp, mesh.ep, mesh.leaders)
         return RankStats(
             rank=self._context.rank,
+            pid=os.getpid(),
             bytes_sent={each.axis: dict(each.bytes_sent) for each in communicators},
             waited_s={each.axis: sum(each.waited_s.values()) for each in communicators if each.waited_s},
             tokens_per_expert=runner.model.expert_load.local_counts(),

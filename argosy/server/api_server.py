@@ -20,6 +20,8 @@ from argosy.models.deepseek.encoding import encode_messages
 from argosy.sampling_params import SamplingParams
 from argosy.server.chat import ChatAnswer
 from argosy.server.completions import CompletionAnswer, GenerateAnswer
+from argosy.server.console import add_console
+from argosy.server.deployment import Deployment, EngineSource, ServerView, describe_deployment
 from argosy.server.errors import ApiError, overloaded
 from argosy.server.gate import Gate
 from argosy.server.logs import log_answer, logger
@@ -75,6 +77,7 @@ class Service:
         self.max_num_running = 0  # completions that engines run at once
         self.dp_size = 1
         self.is_draining = False
+        self.engines: EngineSource | None = None  # to look at; known once engines are ready
         self._describe_health = describe_health
         self._checker: PromptChecker | None = None
 
@@ -97,6 +100,19 @@ class Service:
     @property
     def health_problem(self) -> str | None:
         return None if self._checker is None else self._describe_health()
+
+    def describe_deployment(self, has_experts: bool) -> Deployment:
+        server = ServerView(
+            model=self.model_names[0],
+            version=self.version,
+            status=self.obstacle or "ready",
+            time_s=time.monotonic(),
+            num_requests=self.board.num_requests,
+            max_num_requests=self.max_num_running + self.settings.max_num_queued_reqs,
+            generation_tokens=self.metrics.num_generated,
+            num_replays=0 if self.engines is None else self.engines.num_replays,
+        )
+        return describe_deployment(server, self.engines, has_experts=has_experts)
 
     def check_model(self, name: str | None) -> str:
         if name is None or name in self.model_names:
@@ -176,6 +192,7 @@ def build_app(service: Service, *, data_parallel_rank: int | None = None) -> Gat
     _add_error_handlers(app)
     _add_generation(app, service)
     _add_information(app, service)
+    add_console(app, service.describe_deployment)
     if service.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

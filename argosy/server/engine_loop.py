@@ -66,6 +66,7 @@ def describe_engine(running: RunningEngine) -> EngineDescription:
         tp_size=config.tp_size,
         ep_size=config.ep_size or config.world_size,
         start_s=running.start_s,
+        nnodes=config.nnodes,
         memory_report=built.memory_use.lines() if built is not None and built.memory_use is not None else (),
     )
 

@@ -63,6 +63,7 @@ class EngineDescription(msgspec.Struct, frozen=True):
     tp_size: int
     ep_size: int  # ranks that share the experts
     start_s: float
+    nnodes: int = 1  # equal blocks of neighbouring ranks
     memory_report: tuple[str, ...] = ()  # lines for people
 
 

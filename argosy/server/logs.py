@@ -39,7 +39,7 @@ def set_up(level: str) -> None:
 
 def log_answer(method: str, path: str, status: int, request_id: str, duration_s: float) -> None:
     """One line an answer; those that only say "still alive" are for debugging."""
-    level = logging.DEBUG if path in ("/health", "/ready", "/metrics") else logging.INFO
+    level = logging.DEBUG if path in ("/health", "/ready", "/metrics", "/deployment") else logging.INFO
     if logger.isEnabledFor(level):
         fields = {"request_id": request_id, "method": method, "path": path, "status": status}
         logger.log(level, "answer", extra=fields | {"first_byte_ms": round(duration_s * 1e3, 2)})

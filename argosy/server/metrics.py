@@ -23,7 +23,7 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
 _FEW = (1, 2, 4, 8, 16, 32, 64, 128)
 _KNOWN_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize", "/v1/models", "/health"}
-    | {"/ready", "/metrics", "/version", "/load", "/tokenizer_info", "/abort_requests"}
+    | {"/ready", "/metrics", "/version", "/load", "/tokenizer_info", "/abort_requests", "/deployment", "/"}
 )
 # Older vLLM called these so, and dashboards still do.
 _OLD_VLLM_NAMES = {
@@ -49,6 +49,7 @@ class ServerMetrics:
             metric = Histogram(PREFIX + name, text, ("model_name",), buckets=buckets, registry=self.registry)
             return metric.labels(**labels)
 
+        self.num_generated = 0  # tokens, as the counter below
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got a token").labels(**labels)
         self._cached_tokens = counter("prompt_tokens_cached", "Of these, found in the prefix cache").labels(**labels)
         self._generation_tokens = counter("generation_tokens", "Tokens generated").labels(**labels)
@@ -98,6 +99,7 @@ class ServerMetrics:
         self._inter_token.observe(seconds / num_tokens)
 
     def count_generated(self, num_tokens: int) -> None:
+        self.num_generated += num_tokens
         self._generation_tokens.inc(num_tokens)
 
     def observe_end(self, record: RequestRecord) -> None:

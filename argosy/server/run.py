@@ -141,7 +141,7 @@ async def _serve(
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             return True  # nobody was served yet
-        pool = board.engines = starting.result()
+        pool = board.engines = service.engines = starting.result()
         metrics.watch_engines(EngineMetrics(metrics.model, pool))
         service.open(pool.description.max_model_len, config.max_num_seqs * config.dp_size, config.dp_size)
         _announce(service, settings, pool, endpoints, say)

@@ -74,7 +74,7 @@ class PlayedPool:
         ]
         times = StepTimes()
         for duration_s in (0.001, 0.004, 100.0):
-            times.add(duration_s)
+            times.add(duration_s, 1)
         replica = ReplicaStats(3, 2, 50, 1, 4, 0.1, ranks, 2, 1, 8, 4, 3, 20, 10, times.total_s, times.counts)
         self.snapshot = EngineSnapshot(0.0, 0, True, [replica])
 
@@ -273,8 +273,8 @@ def test_imbalance_is_that_of_the_last_minute() -> None:
 def test_steps_are_counted_up_to_and_with_their_bound() -> None:
     times = StepTimes()
     for bound_s in STEP_BOUNDS_S:
-        times.add(bound_s)
-        times.add(bound_s + 1e-9)
+        times.add(bound_s, 1)
+        times.add(bound_s + 1e-9, 1)
     assert times.counts == [1, *[2] * (len(STEP_BOUNDS_S) - 1), 1]
 
 
