@@ -24,20 +24,27 @@ _POLL_S = 0.05
 
 
 class ChildProcess:
-    """``python -m module``, started at once in the event loop's thread.
+    """``python -m module`` with ``arguments``, started at once in the event loop's thread.
 
-    ``first_words`` go to its standard input, after their length. ``on_exit`` is called in the event loop with what
-    became of the process, in words.
+    ``first_words`` go to its standard input, after their length; without them it waits until ``take_up``. ``on_exit``
+    is called in the event loop with what became of the process, in words.
 
     NOTE(order): the thread that starts it must outlive it, for Linux ends a child with its parent's thread.
     """
 
-    def __init__(self, module: str, first_words: bytes, name: str, on_exit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        module: str,
+        first_words: bytes | None,
+        name: str,
+        on_exit: Callable[[str], None],
+        arguments: tuple[str, ...] = (),
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._name = name
         self._on_exit = on_exit
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -48,11 +55,13 @@ class ChildProcess:
         self.gone: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._copy_output, name=f"{name} output", daemon=True).start()
         threading.Thread(target=self._watch, name=f"{name} watcher", daemon=True).start()
-        stdin = self._process.stdin
-        assert stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, which is noticed
-            stdin.write(len(first_words).to_bytes(_LENGTH_BYTES, "big") + first_words)
-            stdin.flush()
+        if first_words is not None:
+            self._say(first_words)
+
+    def take_up(self, first_words: bytes, name: str, on_exit: Callable[[str], None]) -> None:
+        """From now on it is ``name``, and its end is ``on_exit``'s: for one that was started without first words."""
+        self._name, self._on_exit = name, on_exit
+        self._say(first_words)
 
     def kill(self) -> None:
         """At once, also if it is stopped. The processes it has started follow."""
@@ -64,9 +73,16 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
+    def _say(self, first_words: bytes) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended already, which is noticed
+            stdin.write(len(first_words).to_bytes(_LENGTH_BYTES, "big") + first_words)
+            stdin.flush()
+
     def _watch(self) -> None:
         code = self.exit_code = self._process.wait()
-        self._tell(self._on_exit, _explain(self._name, self.pid, code))
+        self._tell(self._tell_exit, code)
         _end_group(self.pid)
         stdin = self._process.stdin
         assert stdin is not None
@@ -74,11 +90,14 @@ class ChildProcess:
             stdin.close()
         self._tell(self._set_gone)
 
+    def _tell_exit(self, code: int) -> None:
+        self._on_exit(_explain(self._name, self.pid, code))
+
     def _set_gone(self) -> None:
         if not self.gone.done():
             self.gone.set_result(None)
 
-    def _tell(self, callback: Callable[..., None], *arguments: str) -> None:
+    def _tell(self, callback: Callable[..., None], *arguments: int) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(callback, *arguments)
 
@@ -155,19 +174,21 @@ def _end_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline_s:
             os.killpg(group, 0)  # asks whether there is a member
-            if sys.platform == "linux" and not _has_living_member(group):
-                return
+            if sys.platform == "linux":
+                states = _read_states(group)
+                if not states:
+                    return
+                if states == {"T"}:  # they notice nothing
+                    break
             time.sleep(_POLL_S)
         os.killpg(group, signal.SIGKILL)
 
 
-def _has_living_member(group: int) -> bool:
-    """The dead are members until who inherits them takes note, which may take seconds; they hold nothing."""
-    for name in os.listdir("/proc"):
-        fields = _read_stat(name) if name.isdigit() else None
-        if fields is not None and int(fields[2]) == group and fields[0] not in "ZX":
-            return True
-    return False
+def _read_states(group: int) -> set[str]:
+    """Of its living members. The dead are members until who inherits them takes note, which may take seconds; they
+    hold nothing."""
+    stats = [_read_stat(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {fields[0] for fields in stats if fields is not None and int(fields[2]) == group and fields[0] not in "ZX"}
 
 
 def _read_stat(pid: int | str) -> list[str] | None:

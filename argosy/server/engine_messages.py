@@ -13,6 +13,8 @@ from argosy.engine.replica_messages import AbortRequest, AddRequest, FinishReque
 from argosy.engine.wire import WireAddress
 from argosy.messages import DeploymentStats
 
+SPARE_ARGUMENT = "spare"  # to the engine's program, then how many ranks: import all now, hear later what to be
+
 
 class EngineLaunch(msgspec.Struct, frozen=True):
     """The first words to a new engine process, on its standard input."""

@@ -1,9 +1,10 @@
 """The program of an engine process: it connects to the pool, says that it lives, and becomes an engine.
 
 ``python -m argosy.server.engine_process``, started by ``child_process.py``, with its settings on standard input. Here
-is what must happen before the seconds in which torch is imported; the engine is in ``engine_loop.py``. Invariant: it
-never outlives its parent, nor ends without a word unless it is killed; terminals and service managers cannot end it,
-for the parent does, after its requests.
+is what must happen before the seconds in which torch is imported; the engine is in ``engine_loop.py``. A spare one
+(``SPARE_ARGUMENT``) has them behind it when it hears what to be.
+Invariant: it never outlives its parent, nor ends without a word unless it is killed; terminals and service managers
+cannot end it, for the parent does, after its requests.
 """
 
 import os
@@ -16,7 +17,14 @@ import msgspec
 from argosy.distributed.fork_server_start import begin_fork_server
 from argosy.engine.wire import Spoke
 from argosy.server.child_process import die_with_parent, read_first_words, take_stdin, watch_parent
-from argosy.server.engine_messages import EngineCommand, EngineFailed, EngineLaunch, EngineReport, EngineStarted
+from argosy.server.engine_messages import (
+    SPARE_ARGUMENT,
+    EngineCommand,
+    EngineFailed,
+    EngineLaunch,
+    EngineReport,
+    EngineStarted,
+)
 
 FAILURE_EXIT_CODE = 1
 
@@ -26,6 +34,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     stdin = take_stdin()
+    if sys.argv[1:2] == [SPARE_ARGUMENT]:
+        _import_engine(num_ranks=int(sys.argv[2]))
     try:
         launch = msgspec.msgpack.decode(read_first_words(stdin), type=EngineLaunch)
     except (RuntimeError, msgspec.MsgspecError) as error:
@@ -36,8 +46,7 @@ def main() -> None:
     spoke.send(EngineStarted(os.getpid()))
     exit_code = 0
     try:
-        if launch.config.world_size > 1:
-            begin_fork_server(("argosy.engine.worker",))  # its imports take as long as ours: at the same time
+        _import_engine(num_ranks=launch.config.world_size)
         from argosy.server.engine_loop import serve_engine
 
         serve_engine(launch.config, spoke)
@@ -49,6 +58,13 @@ def main() -> None:
     sys.stderr.flush()
     # NOTE(order): no interpreter shutdown: a device that failed may hold its threads.
     os._exit(exit_code)
+
+
+def _import_engine(num_ranks: int) -> None:
+    """A second time it takes no time."""
+    if num_ranks > 1:
+        begin_fork_server(("argosy.engine.worker",))  # its imports take as long as ours: at the same time
+    import argosy.server.engine_loop  # noqa: F401
 
 
 def _describe(error: BaseException) -> EngineFailed:

@@ -32,6 +32,7 @@ from argosy.server.engine_messages import (
     StartStage,
     SubmitRequest,
 )
+from argosy.server.stopped_processes import StoppedProcesses
 
 EngineState = Literal["starting", "ready", "restarting", "failed"]
 
@@ -279,6 +280,8 @@ class EngineSeat:
 
     async def _watch(self, over: "asyncio.Future[_End]") -> None:
         """Until the process is over, by its own word, by its exit, or because it is stuck."""
+        assert self._process is not None
+        stopped = StoppedProcesses(self._process.pid)
         tick_s = time.monotonic()
         while not over.done():
             await asyncio.wait((over,), timeout=_TICK_S)
@@ -286,7 +289,10 @@ class EngineSeat:
             now_s = time.monotonic()
             if now_s - tick_s > _TICK_S + _LATE_S:  # so it was us: whatever is on its way gets the time to arrive
                 self._heard_s = self._progress_s = now_s
+                stopped = StoppedProcesses(self._process.pid)
             tick_s = now_s
+            if (complaint := stopped.complain(now_s, self._settings.stuck_after_s)) is not None:
+                self.end(f"engine {self.index} (pid {self._process.pid}): {complaint}")
             self._check_silence(now_s)
 
     def _check_silence(self, now_s: float) -> None:
@@ -304,8 +310,6 @@ class EngineSeat:
         """How long may pass since when without what."""
         stuck_after_s = self._settings.stuck_after_s
         if self.state != "ready":
-            if self._process is not None and is_stopped(self._process.pid):
-                return stuck_after_s, self._heard_s, "said nothing while it starts"
             config = self._config
             limit_s = config.startup_timeout_s * _NUM_START_PHASES + config.weights_timeout_s
             return limit_s, max(self._since_s, self._progress_s), "was not ready"

@@ -21,12 +21,13 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.server.api_server import Service, build_app
 from argosy.server.engine_metrics import EngineMetrics
 from argosy.server.engine_pool import EnginePool
-from argosy.server.engine_seat import PoolSettings, StartProcess, start_engine_process
+from argosy.server.engine_seat import PoolSettings, StartProcess
 from argosy.server.errors import ApiError
 from argosy.server.logs import logger, set_up
 from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import RequestBoard
 from argosy.server.settings import ServerConfig
+from argosy.server.spare_engines import SpareEngines
 from argosy.server.tracing import build_tracer
 from argosy.server.wire_protocol import WireProtocol
 
@@ -36,6 +37,7 @@ _POLL_S = 0.05
 CLOSE_S = 10.0  # for engines to end in good order
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 30
+_ECHO_S = 1.0  # a signal so soon after the first is the same one, told by a terminal and by a program in between
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,11 @@ def serve(
     version: str,
     say: Say,
     on_progress: OnProgress | None = None,
-    start_process: StartProcess = start_engine_process,
+    start_process: StartProcess | None = None,
 ) -> bool:
     """Serve until a signal ends it. False: requests were cut off by the end of the shutdown's time.
 
-    ``start_process`` is for tests and benchmarks.
+    ``start_process`` is for tests and benchmarks; without it engines start as usual, from spares if there are some.
 
     Raises:
         ValueError: settings, a model or a machine that cannot work.
@@ -104,7 +106,7 @@ async def _serve(
     version: str,
     say: Say,
     on_progress: OnProgress | None,
-    start_process: StartProcess,
+    start_process: StartProcess | None,
 ) -> bool:
     names = settings.served_model_name or (config.model,)
     metrics = ServerMetrics(names[0], version)
@@ -120,12 +122,13 @@ async def _serve(
         version=version,
         describe_health=lambda: _describe_problem(pool),
     )
-    stop = _watch_signals()
+    signals = _StopSignals()
     servers = [_build_server(service, settings, endpoint) for endpoint in endpoints]
     running = [
         asyncio.create_task(server.serve(sockets=[endpoint.socket]))
         for server, endpoint in zip(servers, endpoints, strict=True)
     ]
+    spares = SpareEngines(settings.spare_engines, config)
     starting = asyncio.create_task(
         EnginePool.start(
             config,
@@ -133,20 +136,22 @@ async def _serve(
             deliver=board.deliver,
             refuse=board.refuse,
             on_progress=on_progress,
-            start_process=start_process,
+            start_process=start_process or spares.start,
         )
     )
     try:
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(signals.first.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             return True  # nobody was served yet
         pool = board.engines = service.engines = starting.result()
         metrics.watch_engines(EngineMetrics(metrics.model, pool))
+        if start_process is None:
+            spares.keep(lambda: pool.engines)
         service.open(pool.description.max_model_len, config.max_num_seqs * config.dp_size, config.dp_size)
         _announce(service, settings, pool, endpoints, say)
         await asyncio.wait((stopping, *running), return_when=asyncio.FIRST_COMPLETED)
-        return await _drain(service, settings, say)
+        return await _drain(service, settings, signals, say)
     finally:
         for server in servers:
             server.should_exit = True
@@ -156,17 +161,21 @@ async def _serve(
             await asyncio.gather(starting, return_exceptions=True)
         if pool is not None:
             await pool.aclose(CLOSE_S)
+        await spares.aclose()
         await asyncio.to_thread(tracer.close)
 
 
-async def _drain(service: Service, settings: ServerConfig, say: Say) -> bool:
-    """No new requests; those under way may finish. Whether all did."""
+async def _drain(service: Service, settings: ServerConfig, signals: "_StopSignals", say: Say) -> bool:
+    """No new requests; those under way may finish, unless a second signal comes. Whether all did."""
     service.is_draining = True
     board = service.board
     if board.num_requests:
-        say(f"shutting down: {board.num_requests} completions may take up to {settings.shutdown_timeout_s:g} s")
+        say(
+            f"shutting down: {board.num_requests} completions may take up to {settings.shutdown_timeout_s:g} s; "
+            "a second signal cuts them off"
+        )
     deadline_s = asyncio.get_running_loop().time() + settings.shutdown_timeout_s
-    while board.num_requests and asyncio.get_running_loop().time() < deadline_s:
+    while board.num_requests and asyncio.get_running_loop().time() < deadline_s and not signals.is_urgent:
         await asyncio.sleep(_POLL_S)
     left = board.request_ids
     for request_id in left:
@@ -176,11 +185,23 @@ async def _drain(service: Service, settings: ServerConfig, say: Say) -> bool:
     return not left
 
 
-def _watch_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
+class _StopSignals:
+    """SIGTERM and Ctrl-C: the first asks for an orderly end, one that comes later for a fast one."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.is_urgent = False
+        self._loop = asyncio.get_running_loop()
+        self._first_s = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._hear)
+
+    def _hear(self) -> None:
+        if not self.first.is_set():
+            self._first_s = self._loop.time()
+            self.first.set()
+        elif self._loop.time() - self._first_s >= _ECHO_S:
+            self.is_urgent = True
 
 
 class _Server(uvicorn.Server):

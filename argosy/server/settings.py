@@ -9,6 +9,7 @@ from typing import Literal
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_KEYS = 64
+MAX_SPARE_ENGINES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class ServerConfig:
     request_timeout_s: float = 3600.0  # from arrival to the last token; a request may ask for less with "timeout"
     shutdown_timeout_s: float = 60.0  # after SIGTERM unfinished requests may take this long
     stuck_after_s: float = 60.0  # an engine with work that says nothing for so long is started again
+    spare_engines: int | None = None  # processes with their imports done, for fast restarts; None = 1 if memory allows
     data_parallel_external_lb: bool = False  # one port a replica, from --port on: a balancer outside chooses
     ssl_certfile: str | None = None  # with ssl_keyfile: HTTPS
     ssl_keyfile: str | None = None
@@ -50,6 +52,11 @@ class ServerConfig:
             raise ValueError(
                 f"max_num_queued_reqs must be an integer >= 0, got {self.max_num_queued_reqs!r}; "
                 "set --max-num-queued-reqs"
+            )
+        spares = self.spare_engines
+        if spares is not None and (not _is_integer(spares) or not 0 <= spares <= MAX_SPARE_ENGINES):
+            raise ValueError(
+                f"spare_engines must be an integer in [0, {MAX_SPARE_ENGINES}], got {spares!r}; set --spare-engines"
             )
         for name in ("request_timeout_s", "shutdown_timeout_s", "stuck_after_s"):
             if not 0 < getattr(self, name) < 1e9:
