@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test check lint pytest slow bench eval validate clean
+.PHONY: demo test check lint pytest schemathesis slow bench eval validate clean
 
 demo: $(RUN_STAMP)
 	$(BIN)/argosy demo
@@ -33,6 +33,11 @@ pytest: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not cuda" tests/dist
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "processes and not slow and not cuda" --ignore=tests/dist
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py tests/kernels/test_*_triton.py
+
+# The API against its own description; a tool with libraries of its own, so not part of the test extra.
+schemathesis: $(TEST_STAMP)
+	$(PIP_INSTALL) schemathesis==4.32.5
+	$(BIN)/pytest -q tests/server/test_api_description.py
 
 slow: $(TEST_STAMP)
 	$(BIN)/pytest -q -m "slow and not cuda"

@@ -75,10 +75,12 @@ def _read_listening_address(file: int) -> str:
 
 def _remove_socket(address: str) -> None:
     """And the directory made for it. A parent that ends in good order has done so; one that was killed could not."""
-    with contextlib.suppress(OSError):
-        if os.path.basename(os.path.dirname(address)).startswith("pymp-"):
+    directory = os.path.dirname(address)
+    if os.path.basename(directory).startswith("pymp-"):
+        with contextlib.suppress(OSError):  # a server closes this door when all its ranks have started
             os.unlink(address)
-            os.rmdir(os.path.dirname(address))
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
 
 _shield()

@@ -52,6 +52,17 @@ def end_fork_server() -> None:
         server._stop()
 
 
+def close_fork_server_door() -> None:
+    """No more processes will be wanted: whoever connects to the server with something else would end it, and all ranks.
+
+    For programs that start their ranks once. Nothing if there is no server.
+    """
+    address = getattr(forkserver._forkserver, "_forkserver_address", None)
+    if address is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address)
+
+
 @contextlib.contextmanager
 def environment_of_ranks() -> Iterator[None]:
     """For processes started within."""

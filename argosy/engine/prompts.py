@@ -34,14 +34,21 @@ class PromptChecker:
         text, token_ids = self._read(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty; give at least one character or token id")
-        if len(token_ids) >= self._max_model_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, but max_model_len is {self._max_model_len} for prompt and "
-                "output together; shorten the prompt or raise --max-model-len"
-            )
+        self._check_length(len(token_ids))
         self._tokenizer.check_token_ids(params.stop_token_ids, "stop_token_ids")
         self._tokenizer.check_token_ids(tuple(params.logit_bias or ()), "logit_bias")
         return CheckedPrompt(text, token_ids)
+
+    def check_text_length(self, text: str) -> None:
+        """Without tokenizing it: raises ValueError if ``text`` cannot but be too long."""
+        self._check_length(self._tokenizer.count_at_least(text), "at least ")
+
+    def _check_length(self, num_tokens: int, how: str = "") -> None:
+        if num_tokens >= self._max_model_len:
+            raise ValueError(
+                f"the prompt has {how}{num_tokens} tokens, but max_model_len is {self._max_model_len} for prompt and "
+                "output together; shorten the prompt or raise --max-model-len"
+            )
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         bare = _unwrap(prompt) if isinstance(prompt, Mapping) else prompt
@@ -50,7 +57,9 @@ class PromptChecker:
                 f"a prompt must be a string, a list of token ids or an object, got {type(bare).__name__}: {bare!r:.80}"
             )
         if isinstance(bare, str):
+            self.check_text_length(bare)
             return bare, self._tokenizer.encode_prompt(bare) if bare else []
+        self._check_length(len(bare))
         self._tokenizer.check_token_ids(bare, "prompt_token_ids")
         return None, list(bare)
 

@@ -5,11 +5,15 @@ its neighbours, so decoding is joining ``token_bytes`` and reading the result as
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
+_LONG_CHARS = 1024  # a text that takes milliseconds
+_NO_NORMALIZER = ("", '{"type":"Sequence","normalizers":[]}')
+_KEEPING_SPLITTERS = {"Sequence", "Split", "Digits", "ByteLevel"}
 _MAX_BYTE = 0xFF
 _NOT_A_BYTE = 0x10FFFF  # no tokenizer uses it; latin-1 cannot encode it, which is the point
 
@@ -47,6 +51,7 @@ class Tokenizer:
         self._shown_bytes = [
             b"" if token_id in self.special_token_ids else piece for token_id, piece in enumerate(self._token_bytes)
         ]
+        self._max_token_bytes = max(map(len, self._token_bytes)) if _keeps_every_byte(backend) else 0
         self.vocab_size = len(self._token_bytes)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
@@ -98,8 +103,16 @@ class Tokenizer:
             raise ValueError(
                 f"the text holds a lone surrogate at character {error.start}, which is not Unicode text; remove it"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) > _LONG_CHARS:  # of the two, only this lets other threads run meanwhile
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
+        else:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
+
+    def count_at_least(self, text: str) -> int:
+        """A number of tokens that ``text`` cannot have fewer than, without tokenizing it; 0 where nothing is known."""
+        return -(-len(text) // self._max_token_bytes) if self._max_token_bytes else 0
 
     def encode_prompt(self, text: str) -> list[int]:
         """As ``encode``, for a plain prompt: begins with the bos token if ``adds_bos``, but never with two."""
@@ -212,6 +225,16 @@ def _build_token_bytes(backend: tokenizers.Tokenizer) -> list[bytes]:
         except UnicodeEncodeError:
             table[token_id] = token.encode()  # an added token, not written in the byte alphabet: its own text
     return table
+
+
+def _keeps_every_byte(backend: tokenizers.Tokenizer) -> bool:
+    """Whether every byte of a text is in one of its tokens: nothing is normalised away, cut out or swallowed."""
+    has_all_bytes = all(backend.token_to_id(character) is not None for character in _byte_characters())
+    swallows = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    normalizer, splitter = ("" if part is None else part.__getstate__().decode() for part in parts)
+    splits_only = set(re.findall(r'"type":"(\w+)"', splitter)) <= _KEEPING_SPLITTERS and '"Removed"' not in splitter
+    return has_all_bytes and not swallows and normalizer in _NO_NORMALIZER and splits_only
 
 
 def _byte_characters() -> list[str]:

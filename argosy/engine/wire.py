@@ -2,13 +2,15 @@
 
 The driver has a hub with a spoke in every leader, a leader has one with a spoke in each rank that follows it. What the
 messages mean is in ``replica_messages.py``. Traffic is encrypted, and who does not know the hub's key cannot connect;
-on one node it goes through a socket without a file, so that a killed process leaves nothing behind.
+on one node it goes through a socket without a file, so that a killed process leaves nothing behind, and the kernel
+lets other users' processes not even say a word.
 Invariant: messages from one end to another arrive complete, once and in order, or the process that waits is told.
 """
 
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
@@ -18,6 +20,7 @@ import zmq
 
 _LINGER_MS = 2000  # for the last messages of a process that ends
 _UNLIMITED = 0  # ZeroMQ's word: no message is dropped or held back because many wait
+_MAX_MESSAGE_BYTES = 2**28  # far beyond any of ours; who says that more will come is cut off
 
 SentT = TypeVar("SentT")
 ReceivedT = TypeVar("ReceivedT")
@@ -42,6 +45,8 @@ class Hub(Generic[SentT, ReceivedT]):
         self._socket = _build_socket(self._context, zmq.ROUTER)
         self._socket.curve_server = True
         self._socket.curve_secretkey = secret_key
+        if host is None and sys.platform == "linux":
+            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.router_mandatory = True  # a message to a peer that left is an error, not silence
         self._socket.bind(_choose_endpoint(host))
         endpoint = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
@@ -60,7 +65,7 @@ class Hub(Generic[SentT, ReceivedT]):
         Raises:
             RuntimeError: a peer is not connected.
         """
-        data = self._encoder.encode(message)
+        data = _encode(self._encoder, message)
         for peer in peers:
             try:
                 self._socket.send_multipart((_identity(peer), data))
@@ -124,7 +129,7 @@ class Spoke(Generic[SentT, ReceivedT]):
         self._decoder = decoder
 
     def send(self, message: SentT) -> None:
-        self._socket.send(self._encoder.encode(message))
+        self._socket.send(_encode(self._encoder, message))
 
     def receive(self, *, waits: bool) -> list[ReceivedT]:
         """All that has arrived. ``waits``: without limit, for at least one message; whoever connects a spoke lives no
@@ -170,12 +175,19 @@ def own_address_towards(host: str) -> str:
         raise RuntimeError(f"there is no route to {host!r} ({error}); set --master-addr") from error
 
 
+def _encode(encoder: msgspec.msgpack.Encoder, message: object) -> bytes:
+    data = encoder.encode(message)
+    assert len(data) <= _MAX_MESSAGE_BYTES, f"a {type(message).__name__} of {len(data)} bytes would never arrive"
+    return data
+
+
 def _build_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
     built = context.socket(kind)
     built.linger = _LINGER_MS
     built.sndhwm = _UNLIMITED
     built.rcvhwm = _UNLIMITED
     built.ipv6 = True
+    built.maxmsgsize = _MAX_MESSAGE_BYTES
     return built
 
 

@@ -5,8 +5,8 @@ Invariant: a handler that has opened a feed closes it, whatever happens.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,12 +18,14 @@ from argosy.engine.prompts import CheckedPrompt, PromptChecker
 from argosy.engine.tokenizer import Tokenizer
 from argosy.models.deepseek.encoding import encode_messages
 from argosy.sampling_params import SamplingParams
+from argosy.server.api_description import description_of
 from argosy.server.chat import ChatAnswer
 from argosy.server.completions import CompletionAnswer, GenerateAnswer
 from argosy.server.console import add_console
 from argosy.server.deployment import Deployment, EngineSource, ServerView, describe_deployment
 from argosy.server.errors import ApiError, overloaded
 from argosy.server.gate import Gate
+from argosy.server.json_body import JsonRoute, shorten
 from argosy.server.logs import log_answer, logger
 from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import OutputFeed, RequestBoard, Submission
@@ -41,8 +43,7 @@ from argosy.server.replica_choice import HEADER as REPLICA_HEADER
 from argosy.server.replica_choice import choose_replica
 from argosy.server.settings import ServerConfig
 from argosy.server.streaming import CLIENT_GONE_STATUS, EventStream, as_json, run_until_disconnect
-
-T = TypeVar("T")
+from argosy.server.text_work import TextWork
 
 
 class Answer(Protocol):
@@ -78,6 +79,7 @@ class Service:
         self.dp_size = 1
         self.is_draining = False
         self.engines: EngineSource | None = None  # to look at; known once engines are ready
+        self.text_work = TextWork()
         self._describe_health = describe_health
         self._checker: PromptChecker | None = None
 
@@ -121,36 +123,54 @@ class Service:
             404, f"the model {name!r} is not served; use {self.model_names[0]!r}", param="model", code="model_not_found"
         )
 
-    def check_prompt(self, prompt: str | list[int], params: SamplingParams, param: str) -> CheckedPrompt:
-        if self._checker is None:
+    async def check_prompts(
+        self, prompts: Sequence[str | list[int]], params: SamplingParams, param: str
+    ) -> list[CheckedPrompt]:
+        """Token ids of every prompt. Raises ApiError, at once if no request could be taken anyway."""
+        checker = self._checker
+        if checker is None:
             raise overloaded("the engines are starting", retry_after_s=2)
-        try:
-            return self._checker.check(prompt, params)
-        except ValueError as error:
-            raise ApiError(400, str(error), param=param, code=_code_of(error)) from error
+        self._check_room(len(prompts) * params.n)
 
-    def encode_chat(self, request: ChatRequest | TokenizeRequest, thinking: bool) -> list[int]:
+        def check() -> list[CheckedPrompt]:
+            return [checker.check(prompt, params) for prompt in prompts]
+
+        try:
+            return await self.text_work.run(sum(map(len, prompts)), check)
+        except ValueError as error:
+            text = str(error)
+            named = next((name for name in ("stop_token_ids", "logit_bias") if text.startswith(name)), param)
+            raise ApiError(400, text, param=named, code=_code_of(error)) from error
+
+    async def encode_chat(self, request: ChatRequest | TokenizeRequest, thinking: bool) -> list[int]:
+        """Token ids of a conversation. Raises ApiError, at once if no request could be taken anyway."""
+        if isinstance(request, ChatRequest):
+            self._check_room(request.n)
         tools = request.active_tools if isinstance(request, ChatRequest) else request.tools
         try:
-            return self.tokenizer.encode(
-                encode_messages(request.messages or [], thinking=thinking, tools=tools or None)
-            )
+            text = encode_messages(request.messages or [], thinking=thinking, tools=tools or None)
+            if self._checker is not None:
+                self._checker.check_text_length(text)
+            return await self.text_work.run(len(text), lambda: self.tokenizer.encode(text))
         except ValueError as error:
-            raise ApiError(400, str(error), param="tools" if str(error).startswith("tools") else "messages") from error
+            param = "tools" if str(error).startswith("tools") else "messages"
+            raise ApiError(400, str(error), param=param, code=_code_of(error)) from error
 
-    def open_feed(
-        self, http: Request, request: Sampling, prompts: list[CheckedPrompt], params: SamplingParams
-    ) -> tuple[OutputFeed, str]:
-        """Submit the prompts; the feed and the id that names them all."""
+    def _check_room(self, num_new: int) -> None:
         if (obstacle := self.obstacle) is not None:
             raise overloaded(f"no request is taken: {obstacle}", retry_after_s=5)
-        num_new, num_now = len(prompts) * params.n, self.board.num_requests
-        limit = self.max_num_running + self.settings.max_num_queued_reqs
+        num_now, limit = self.board.num_requests, self.max_num_running + self.settings.max_num_queued_reqs
         if num_now + num_new > limit:
             raise overloaded(
                 f"{num_now} completions are under way and {num_new} more are asked for, but at most {limit} are taken; "
                 "try again later, or raise --max-num-queued-reqs"
             )
+
+    def open_feed(
+        self, http: Request, request: Sampling, prompts: list[CheckedPrompt], params: SamplingParams
+    ) -> tuple[OutputFeed, str]:
+        """Submit the prompts; the feed and the id that names them all."""
+        self._check_room(len(prompts) * params.n)
         request_id = request.request_id or http.state.request_id
         many = len(prompts) > 1
         replica = choose_replica(http, request.data_parallel_rank, self.dp_size)
@@ -187,12 +207,15 @@ class Service:
 
 def build_app(service: Service, *, data_parallel_rank: int | None = None) -> Gate:
     """The application of one endpoint; with ``data_parallel_rank`` all its requests go to that replica."""
-    app = FastAPI(title="Argosy", version=service.version, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Argosy", version=service.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = JsonRoute
     app.state.data_parallel_rank = data_parallel_rank
     _add_error_handlers(app)
     _add_generation(app, service)
     _add_information(app, service)
     add_console(app, service.describe_deployment)
+    needs_key = bool(service.settings.api_key)
+    app.openapi = description_of(app, service.version, needs_key=needs_key)  # type: ignore[method-assign]
     if service.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -213,7 +236,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, http: Request) -> Response:
         model = service.check_model(body.model)
         params = body.to_params()
-        prompts = [service.check_prompt(prompt, params, "prompt") for prompt in body.prompts]
+        prompts = await service.check_prompts(body.prompts, params, "prompt")
         feed, request_id = service.open_feed(http, body, prompts, params)
         answer = CompletionAnswer(body, prompts, service.tokenizer, answer_id=request_id, model=model)
         return await service.respond(http, body, feed, answer)
@@ -222,17 +245,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, http: Request) -> Response:
         model = service.check_model(body.model)
         params = body.to_params()
-        prompt = service.check_prompt(service.encode_chat(body, body.is_thinking), params, "messages")
-        feed, request_id = service.open_feed(http, body, [prompt], params)
-        answer = ChatAnswer(body, len(prompt.token_ids), service.tokenizer, answer_id=request_id, model=model)
+        prompts = await service.check_prompts([await service.encode_chat(body, body.is_thinking)], params, "messages")
+        feed, request_id = service.open_feed(http, body, prompts, params)
+        answer = ChatAnswer(body, len(prompts[0].token_ids), service.tokenizer, answer_id=request_id, model=model)
         return await service.respond(http, body, feed, answer)
 
     @app.post("/generate")
     async def generate(body: GenerateRequest, http: Request) -> Response:
         service.check_model(body.model)
         params = body.to_params()
-        prompt = service.check_prompt(body.prompt_token_ids, params, "prompt_token_ids")
-        feed, request_id = service.open_feed(http, body, [prompt], params)
+        prompts = await service.check_prompts([body.prompt_token_ids], params, "prompt_token_ids")
+        feed, request_id = service.open_feed(http, body, prompts, params)
         return await service.respond(http, body, feed, GenerateAnswer(body, answer_id=request_id))
 
     @app.post("/abort_requests")
@@ -294,11 +317,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
         tokenizer = service.tokenizer
-        if body.prompt is None:
-            token_ids = service.encode_chat(body, body.chat_template_kwargs.is_thinking)
+        text = body.prompt
+        if text is None:
+            token_ids = await service.encode_chat(body, body.chat_template_kwargs.is_thinking)
         else:
             encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
-            token_ids = _in_terms_of("prompt", lambda: encode(body.prompt or ""))
+            token_ids = await service.text_work.run(len(text), lambda: encode(text))
         answer: dict[str, object] = {
             "tokens": token_ids,
             "count": len(token_ids),
@@ -306,13 +330,19 @@ def _add_information(app: FastAPI, service: Service) -> None:
         }
         if body.return_token_strs:
             table = tokenizer.byte_table(skip_special_tokens=False)
-            answer["token_strs"] = [table[token_id].decode(errors="replace") for token_id in token_ids]
+            answer["token_strs"] = await service.text_work.run(
+                len(token_ids), lambda: [table[token_id].decode(errors="replace") for token_id in token_ids]
+            )
         return as_json(answer)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.check_model(body.model)
-        text = _in_terms_of("tokens", lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        decode = service.tokenizer.decode
+        try:
+            text = await service.text_work.run(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))
+        except ValueError as error:
+            raise ApiError(400, str(error), param="tokens") from error
         return as_json({"prompt": text})
 
 
@@ -327,20 +357,18 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        text = {404: f"there is no route {request.url.path}", 405: f"{request.method} is not allowed here"}
-        return ApiError(error.status_code, text.get(error.status_code, str(error.detail))).as_response()
+        path = shorten(request.scope["path"])
+        text = {404: f"there is no route {path}", 405: f"{request.method} is not allowed here"}
+        answer = ApiError(error.status_code, text.get(error.status_code, str(error.detail))).as_response()
+        answer.headers.update(error.headers or {})  # 405 says what is allowed
+        return answer
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        logger.error("bug", exc_info=error, extra={"request_id": request.state.request_id, "path": request.url.path})
+        logger.error(
+            "bug", exc_info=error, extra={"request_id": request.state.request_id, "path": request.scope["path"]}
+        )
         return ApiError(500, "internal error; the server's log has the details under this request id").as_response()
-
-
-def _in_terms_of(param: str, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except ValueError as error:
-        raise ApiError(400, str(error), param=param) from error
 
 
 def _describe_model(service: Service, name: str) -> dict[str, object]:

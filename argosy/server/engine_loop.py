@@ -9,6 +9,7 @@ import time
 import traceback
 
 from argosy.config import EngineConfig
+from argosy.distributed.fork_server_start import close_fork_server_door
 from argosy.engine.deployment import RunningEngine, deploy, end_engine
 from argosy.engine.engine_client import EngineClient
 from argosy.engine.replica_messages import AbortRequest, FinishRequest, Shutdown, StepDeltas
@@ -40,6 +41,7 @@ def serve_engine(config: EngineConfig, spoke: EngineSpoke) -> None:
         RuntimeError: a file, a device or a rank failed.
     """
     running = deploy(config, StageReporter(spoke))
+    close_fork_server_door()
     try:
         spoke.send(EngineReady(describe_engine(running)))
         EngineLoop(running.client, spoke).run()

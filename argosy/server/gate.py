@@ -4,6 +4,7 @@ Everything is denied unless a path is named here. Keys are compared in constant 
 allowed is never held in memory, and no answer leaves without X-Request-Id.
 """
 
+import asyncio
 import hmac
 import re
 import time
@@ -26,7 +27,7 @@ OnAnswer = Callable[[str, str, int, str, float], None]
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/favicon.ico"})
 ADMIN_PATHS = frozenset({"/abort_requests"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_JSON_TYPES = (b"application/json", b"text/json")
+_MAX_LENGTH_DIGITS = 18
 
 
 class Gate:
@@ -36,6 +37,7 @@ class Gate:
         self._app = app
         self._max_body_bytes = settings.max_body_bytes
         self._max_header_bytes = settings.max_header_bytes
+        self._body_timeout_s = settings.body_timeout_s
         self._keys = tuple(key.encode() for key in settings.api_key)
         self._admin_key = None if settings.admin_api_key is None else settings.admin_api_key.encode()
         self._on_answer = on_answer
@@ -50,18 +52,21 @@ class Gate:
         started_s = time.monotonic()
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
 
-        body = _BoundedBody(receive, self._max_body_bytes)
+        body = _BoundedBody(receive, self._max_body_bytes, self._body_timeout_s)
 
         async def send_with_id(message: Message) -> None:
             if body.error is not None and not is_ours:
                 return  # the application's own words about a body that it could not read
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if isinstance(error, UnsafeRequestError):
+                    message["headers"].append((b"connection", b"close"))
                 duration_s = time.monotonic() - started_s
                 self._on_answer(scope["method"], scope["path"], message["status"], request_id, duration_s)
             await send(message)
 
         is_ours = False
+        error: ApiError | None = None
         try:
             self._check(scope, headers)
             await self._app(scope, body.receive, send_with_id)
@@ -73,16 +78,17 @@ class Gate:
             await error.as_response()(scope, receive, send_with_id)
 
     def _check(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+        _check_shape(scope, headers)
         num_bytes = sum(len(name) + len(value) + 4 for name, value in headers)
         if num_bytes > self._max_header_bytes:
             raise ApiError(431, f"the headers have {num_bytes} bytes, at most {self._max_header_bytes} are allowed")
-        self._check_key(scope["path"], dict(headers).get(b"authorization", b""))
         fields = dict(headers)
-        length = fields.get(b"content-length")
-        if length is not None and length.isdigit() and int(length) > self._max_body_bytes:
+        self._check_key(scope["path"], fields.get(b"authorization", b""))
+        length = fields.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS:
+            raise ApiError(400, "Content-Length is not a number of bytes")
+        if int(length) > self._max_body_bytes:
             raise _too_large(int(length), self._max_body_bytes)
-        if scope["method"] == "POST" and not fields.get(b"content-type", b"").lower().startswith(_JSON_TYPES):
-            raise ApiError(415, "the body must be JSON; send Content-Type: application/json")
 
     def _check_key(self, path: str, authorization: bytes) -> None:
         scheme, _, key = authorization.partition(b" ")
@@ -102,22 +108,44 @@ class Gate:
             raise ApiError(401, f"{found} was given; send Authorization: Bearer <key>", code="invalid_api_key")
 
 
-class _BoundedBody:
-    """A request's body, up to a size; beyond it ``error`` is set, and whoever reads gets it raised."""
+class UnsafeRequestError(ApiError):
+    """Where this request ends is not certain, so its connection ends with it."""
 
-    def __init__(self, receive: Receive, max_bytes: int) -> None:
+
+class _BoundedBody:
+    """A request's body, up to a size and a time; beyond them ``error`` is set, and whoever reads gets it raised."""
+
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
         self.error: ApiError | None = None
         self._receive = receive
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self._is_whole = False
         self._num_bytes = 0
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(None if self._is_whole else self._deadline_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            self.error = UnsafeRequestError(408, f"the body was not complete within {self._timeout_s:g} s")
+            raise self.error from error
+        self._is_whole = not message.get("more_body", False)
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             self.error = _too_large(self._num_bytes, self._max_bytes)
             raise self.error
         return message
+
+
+def _check_shape(scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+    names = [name for name, _ in headers]
+    if b"content-length" in names and b"transfer-encoding" in names:
+        # A proxy in front may take the other one for true, and what follows for another request.
+        raise UnsafeRequestError(400, "the request has both Content-Length and Transfer-Encoding; send one of them")
+    if scope.get("http_version") not in ("1.0", "1.1"):
+        raise UnsafeRequestError(400, f"HTTP {scope.get('http_version')} is not spoken here; send HTTP/1.1")
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> ApiError:

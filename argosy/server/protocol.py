@@ -19,6 +19,7 @@ from argosy.sampling_params import (
     SamplingParams,
 )
 from argosy.server.errors import ApiError
+from argosy.server.json_body import shorten
 
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 1024  # in one request
@@ -28,11 +29,16 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 4096
 MAX_NAME_CHARS = 256
 MAX_PRIORITY = 10**9
+MAX_TOKEN_IDS = 2**20  # in one list; no model takes so many
+MAX_TOKENIZE_CHARS = 2**21
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
-TokenText = Annotated[str, StringConstraints(pattern=r"^-?[0-9]{1,10}$")]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
+TokenText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 
 
@@ -58,7 +64,7 @@ class Sampling(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    logit_bias: Annotated[dict[TokenText, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] = 0
@@ -73,7 +79,7 @@ class Sampling(Body):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0  # lower runs first
     cache_salt: Name | None = None  # requests with different salts share no cached prefixes
     request_id: RequestId | None = None  # else X-Request-Id, else a new one
-    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None  # seconds; the server's limit holds too
+    timeout: Annotated[float, Field(ge=0.001, le=1e6)] | None = None  # seconds; the server's limit holds too
     data_parallel_rank: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = (
         None  # the replica; else X-data-parallel-rank
     )
@@ -121,10 +127,10 @@ class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
     prompt: (
-        str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -236,7 +242,7 @@ class ChatRequest(Sampling):
 class GenerateRequest(Sampling):
     """``POST /generate``: token ids in, token ids out."""
 
-    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    prompt_token_ids: TokenIds
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -248,7 +254,7 @@ class TokenizeRequest(Body):
     """``POST /tokenize``: a text, or a conversation as the model would see it."""
 
     model: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, StringConstraints(max_length=MAX_TOKENIZE_CHARS)] | None = None
     messages: Annotated[list[dict[str, object]], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[dict[str, object]], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: TemplateKwargs = TemplateKwargs()
@@ -264,7 +270,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)]
 
 
 class AbortRequestsRequest(Body):
@@ -276,10 +282,6 @@ class AbortRequestsRequest(Body):
 
 def describe_validation(errors: list[Mapping[str, object]]) -> ApiError:
     """Pydantic's errors of one body as one ``ApiError`` that names the field first at fault."""
-    if errors[0]["type"] == "json_invalid":
-        detail: object = errors[0].get("ctx")
-        reason = detail.get("error") if isinstance(detail, dict) else None
-        return ApiError(400, f"the body is not JSON: {reason or errors[0]['msg']}")
     param = _name_of(errors[0])
     # A value that may have several types has an error for each.
     same = [error for error in errors if (_name_of(error) or "").split(".")[0] == (param or "").split(".")[0]]
@@ -295,7 +297,7 @@ def _name_of(error: Mapping[str, object]) -> str | None:
     place = error["loc"]
     assert isinstance(place, tuple)
     parts = [part for part in place[1:] if isinstance(part, int) or part in _FIELD_NAMES or len(place) == 2]
-    return ".".join(map(str, parts)) or None
+    return shorten(".".join(map(str, parts))) or None
 
 
 _BODIES: tuple[type[Body], ...] = (

@@ -19,6 +19,7 @@ from argosy.distributed.layout import ParallelLayout
 from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.tokenizer import Tokenizer
 from argosy.server.api_server import Service, build_app
+from argosy.server.connections import ConnectionLimits, allow_connections, bounded_protocol
 from argosy.server.engine_metrics import EngineMetrics
 from argosy.server.engine_pool import EnginePool
 from argosy.server.engine_seat import PoolSettings, StartProcess
@@ -29,7 +30,6 @@ from argosy.server.outputs import RequestBoard
 from argosy.server.settings import ServerConfig
 from argosy.server.spare_engines import SpareEngines
 from argosy.server.tracing import build_tracer
-from argosy.server.wire_protocol import WireProtocol
 
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
@@ -74,6 +74,7 @@ def serve(
     directory = resolve_model_directory(config.model)
     tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
     set_up(settings.log_level)
+    allow_connections(settings.max_connections * (config.dp_size if settings.data_parallel_external_lb else 1))
     with _open_endpoints(settings, config.dp_size) as endpoints:
         return asyncio.run(_serve(config, settings, tokenizer, endpoints, version, say, on_progress, start_process))
 
@@ -123,7 +124,7 @@ async def _serve(
         describe_health=lambda: _describe_problem(pool),
     )
     signals = _StopSignals()
-    servers = [_build_server(service, settings, endpoint) for endpoint in endpoints]
+    servers = [build_server(service, settings, endpoint) for endpoint in endpoints]
     running = [
         asyncio.create_task(server.serve(sockets=[endpoint.socket]))
         for server, endpoint in zip(servers, endpoints, strict=True)
@@ -212,10 +213,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _build_server(service: Service, settings: ServerConfig, endpoint: Endpoint) -> uvicorn.Server:
+def build_server(service: Service, settings: ServerConfig, endpoint: Endpoint) -> uvicorn.Server:
     config = uvicorn.Config(
         build_app(service, data_parallel_rank=endpoint.data_parallel_rank),
-        http=WireProtocol,  # of h11: httptools swallows headers of many megabytes and answers 200
+        # On h11: httptools swallows headers of many megabytes and answers 200.
+        http=bounded_protocol(ConnectionLimits(settings.max_connections, settings.head_timeout_s)),
         ws="none",
         lifespan="off",
         log_config=None,

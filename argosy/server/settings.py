@@ -28,6 +28,9 @@ class ServerConfig:
     max_num_queued_reqs: int = 256  # completions that may wait beside those that run; beyond: 503 and Retry-After
     max_body_bytes: int = 16 * 2**20  # of a request
     max_header_bytes: int = 32 * 2**10  # of all headers of a request together
+    max_connections: int = 2048  # of clients to a port; beyond: 503 at once
+    head_timeout_s: float = 15.0  # a client may take so long to send a request's line and headers
+    body_timeout_s: float = 60.0  # and so long, after these, for the body
     request_timeout_s: float = 3600.0  # from arrival to the last token; a request may ask for less with "timeout"
     shutdown_timeout_s: float = 60.0  # after SIGTERM unfinished requests may take this long
     stuck_after_s: float = 60.0  # an engine with work that says nothing for so long is started again
@@ -58,7 +61,11 @@ class ServerConfig:
             raise ValueError(
                 f"spare_engines must be an integer in [0, {MAX_SPARE_ENGINES}], got {spares!r}; set --spare-engines"
             )
-        for name in ("request_timeout_s", "shutdown_timeout_s", "stuck_after_s"):
+        if not _is_integer(self.max_connections) or self.max_connections < 1:
+            raise ValueError(
+                f"max_connections must be an integer >= 1, got {self.max_connections!r}; set --max-connections"
+            )
+        for name in ("head_timeout_s", "body_timeout_s", "request_timeout_s", "shutdown_timeout_s", "stuck_after_s"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(
                     f"{name} must be a number of seconds > 0, got {getattr(self, name)!r}; "

@@ -17,7 +17,7 @@ import yaml
 from argosy.cli.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServeOptions, read_settings
 from argosy.config import EngineConfig
 from argosy.server.engine_messages import EngineSnapshot
-from argosy.server.engine_metrics import read_engines
+from argosy.server.engine_metrics import EngineMetrics
 from argosy.server.metrics import ServerMetrics
 from tests.helpers.deployed import DEPLOY, least_grace_s, read_serve_command
 
@@ -219,10 +219,14 @@ def test_the_autoscaler_asks_for_a_metric_that_the_server_has(manifests: tuple[M
 def metric_names() -> set[str]:
     """Of a server with one engine, as Prometheus stores them."""
     engine = SimpleNamespace(
-        index=0, state="ready", num_restarts=0, num_requests=0, snapshot=EngineSnapshot(0.0, 0, False, [])
+        index=0, state="ready", pid=None, num_restarts=0, num_requests=0, snapshot=EngineSnapshot(0.0, 0, False, [])
     )
-    pool = SimpleNamespace(description=SimpleNamespace(ep_size=1), engines=[engine])
-    metrics = ServerMetrics("model")
-    metrics.watch_engines(lambda: read_engines(pool))  # type: ignore[arg-type]
+    pool = SimpleNamespace(
+        description=SimpleNamespace(ep_size=1, num_blocks=1, block_size=64, number_format=""),
+        engines=[engine],
+        num_replays=0,
+    )
+    metrics = ServerMetrics("model", "0")
+    metrics.watch_engines(EngineMetrics("model", pool))  # type: ignore[arg-type]
     text = metrics.render(with_vllm_names=False).decode()
     return {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from argosy.server.run import Endpoint, _build_server
+from argosy.server.run import Endpoint, build_server
 from argosy.server.wire_protocol import BodyWriter
 
 BODY = b'{"prompt": "6 * 7?", "stream": true, "request_id": "r"}'
@@ -12,7 +12,7 @@ BODY = b'{"prompt": "6 * 7?", "stream": true, "request_id": "r"}'
 
 async def talk(stand, speak: Callable) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = _build_server(stand.service, stand.service.settings, Endpoint(listener))
+        server = build_server(stand.service, stand.service.settings, Endpoint(listener))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             reader, writer = await asyncio.open_connection(*listener.getsockname())
