@@ -1,5 +1,6 @@
 # make demo   install into .venv and ask the built-in model a few questions
 # make test   install the test tools too and run every check
+# make clients   lm-evaluation-harness against the server; installs another half gigabyte
 # The other targets are for developers; see CONTRIBUTING.md.
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test check lint pytest schemathesis slow bench eval validate clean
+.PHONY: demo test check lint pytest schemathesis slow clients bench eval validate clean
 
 demo: $(RUN_STAMP)
 	$(BIN)/argosy demo
@@ -41,6 +42,10 @@ schemathesis: $(TEST_STAMP)
 
 slow: $(TEST_STAMP)
 	$(BIN)/pytest -q -m "slow and not cuda"
+
+clients: $(TEST_STAMP)
+	$(PIP_INSTALL) --editable '.[test,train,clients]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/clients
 
 bench: $(RUN_STAMP)
 	$(BIN)/argosy bench

@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Log probabilities at one output position, after temperature-free softmax of the raw logits."""
+    """Log probabilities of one token, after temperature-free softmax of the raw logits."""
 
     token_id: int
     logprob: float
@@ -41,6 +41,7 @@ class AdmittedRequest(msgspec.Struct, frozen=True):
     num_computed_tokens: int  # > 0 after a prefix-cache hit
     block_ids: list[int]
     sampling_params: SamplingParams
+    first_prompt_logprob: int = 0  # position of the first prompt token whose log probability is wanted; 0 = of none
 
 
 class ScheduledBatch(msgspec.Struct):
@@ -76,6 +77,7 @@ class StepOutput(msgspec.Struct):
 
     sampled_token_ids: list[list[int]]  # [] for a row that was not sampled
     logprobs: list[list[TokenLogprobs]] | None = None  # parallel to sampled_token_ids; None if nobody asked
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # index in rows -> its next prompt tokens, in order
 
 
 class TokenDelta(msgspec.Struct):
@@ -88,6 +90,7 @@ class TokenDelta(msgspec.Struct):
     new_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     queued_s: float = 0.0  # from the engine's knowing the request to its first step
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt but its first token; with the first new token
 
 
 class CompletionOutput(msgspec.Struct):
@@ -120,6 +123,7 @@ class RequestOutput(msgspec.Struct):
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # by prompt token, None for the first; if asked for
 
 
 class DeploymentStats(msgspec.Struct, frozen=True):

@@ -50,7 +50,7 @@ DESCRIPTION = "DeepSeek-V3.2 on one machine: generate, chat, measure, validate."
 # gives every request without a seed of its own a different one.
 SAMPLING_DEFAULTS: Mapping[str, object] = MappingProxyType({"temperature": 0.0, "max_tokens": 256})
 GENERATE_OMITS = frozenset({"seed"})
-CHAT_OMITS = GENERATE_OMITS | {"n", "logprobs", "skip_special_tokens"}
+CHAT_OMITS = GENERATE_OMITS | {"n", "logprobs", "prompt_logprobs", "skip_special_tokens"}
 NO_OMITS: frozenset[str] = frozenset()
 
 

@@ -35,14 +35,16 @@ class ResultLine(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str | None
     usage: Usage
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
-class SeveralResultsLine(msgspec.Struct, frozen=True):
+class SeveralResultsLine(msgspec.Struct, frozen=True, omit_defaults=True):
     """All completions of a prompt with ``n`` > 1; usage counts the prompt once."""
 
     index: int
     outputs: list[CompletionLine]
     usage: Usage
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class ErrorLine(msgspec.Struct, frozen=True):
@@ -65,9 +67,12 @@ def build_result_line(index: int, output: RequestOutput) -> OutputLine:
     prompt_tokens = len(output.prompt_token_ids)
     usage = Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
     if len(output.outputs) > 1:
-        return SeveralResultsLine(index, [_build_completion_line(item) for item in output.outputs], usage)
+        completions = [_build_completion_line(item) for item in output.outputs]
+        return SeveralResultsLine(index, completions, usage, output.prompt_logprobs)
     only = output.outputs[0]
-    return ResultLine(index, only.text, only.token_ids, only.finish_reason, usage, only.logprobs)
+    return ResultLine(
+        index, only.text, only.token_ids, only.finish_reason, usage, only.logprobs, output.prompt_logprobs
+    )
 
 
 class OrderedLineWriter:

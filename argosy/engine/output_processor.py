@@ -77,6 +77,7 @@ class OutputProcessor:
             is_streamed=is_streamed,
             is_delta=is_delta,
             num_unfinished=len(children),
+            lacks_prompt_logprobs=sampling_params.prompt_logprobs is not None,
         )
         stop = StopMatcher(sampling_params.stop) if sampling_params.stop else ()  # one for all children
         for child in children:
@@ -109,6 +110,8 @@ class OutputProcessor:
                 continue
             completion.apply(delta)
             request = completion.request
+            if delta.prompt_logprobs is not None:
+                request.prompt_logprobs, request.lacks_prompt_logprobs = [None, *delta.prompt_logprobs], False
             changed[request.request_id] = request
             if request.first_token_s is None and completion.token_ids:
                 request.first_token_s = now_s
@@ -116,7 +119,7 @@ class OutputProcessor:
                 self._finish(completion, now_s)
                 if delta.finish_reason is None:
                     finish_request_ids.append((completion.request_id, completion.finish_reason))
-        outputs = [each.build_output() for each in changed.values() if each.is_streamed or each.num_unfinished == 0]
+        outputs = [each.build_output() for each in changed.values() if each.is_due]
         return ProcessedOutputs(outputs, finish_request_ids)
 
     def _is_in_use(self, request_id: str) -> bool:
@@ -132,7 +135,8 @@ class OutputProcessor:
 
 
 def split_request(request_id: str, sampling_params: SamplingParams) -> list[ChildRequest]:
-    """The engine requests of a user's request, each with n = 1; a seed gives child i the seed ``seed + i``."""
+    """The engine requests of a user's request, each with n = 1; a seed gives child i the seed ``seed + i``. The prompt
+    is one, so the first child alone is asked about it."""
     if sampling_params.n == 1:
         return [ChildRequest(request_id, 0, sampling_params)]
     children = []
@@ -140,7 +144,9 @@ def split_request(request_id: str, sampling_params: SamplingParams) -> list[Chil
         seed = sampling_params.seed
         if seed is not None:
             seed = (seed + index) % (MAX_SEED + 1)
-        children.append(ChildRequest(f"{request_id}#{index}", index, replace(sampling_params, n=1, seed=seed)))
+        prompt_logprobs = sampling_params.prompt_logprobs if index == 0 else None
+        child_params = replace(sampling_params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+        children.append(ChildRequest(f"{request_id}#{index}", index, child_params))
     return children
 
 
@@ -153,11 +159,21 @@ class _UserRequest:
     is_streamed: bool
     is_delta: bool
     num_unfinished: int
+    lacks_prompt_logprobs: bool  # asked for, and not there yet
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
     completions: list["_Completion"] = field(default_factory=list)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether its news may be told now. Those of other completions wait until the prompt's are there."""
+        return self.num_unfinished == 0 or (self.is_streamed and not self.lacks_prompt_logprobs)
+
     def build_output(self) -> RequestOutput:
+        prompt_logprobs = self.prompt_logprobs
+        if self.is_delta:
+            self.prompt_logprobs = None  # told now
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -166,6 +182,7 @@ class _UserRequest:
             finished=self.num_unfinished == 0,
             metrics=RequestMetrics(self.arrival_s, self.first_token_s, self.finished_s),
             num_cached_tokens=self.completions[0].num_cached_tokens,  # later children find what the first one computed
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _build_outputs(self) -> list[CompletionOutput]:

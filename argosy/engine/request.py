@@ -8,7 +8,7 @@ token to sample.
 from collections.abc import Sequence
 from enum import Enum
 
-from argosy.messages import AdmittedRequest, FinishReason
+from argosy.messages import AdmittedRequest, FinishReason, TokenLogprobs
 from argosy.sampling_params import SamplingParams
 
 NO_ROW = -1
@@ -44,7 +44,8 @@ class Request:
     """A prompt, its sampling settings and its output so far.
 
     ``priority``: lower runs first. Requests with different ``cache_salt`` never share cache blocks.
-    ``output_token_ids``: what it has said already, in another engine; here it goes on as after a preemption.
+    ``output_token_ids``: what it has said already, in another engine; here it goes on as after a preemption, and its
+    prompt's log probabilities were told with the first of them.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class Request:
         "num_published_blocks",
         "num_slots",
         "priority",
+        "prompt_logprobs",
         "queued_s",
         "request_id",
         "reserve_at",
@@ -109,6 +111,9 @@ class Request:
         self.num_published_blocks = 0  # leading blocks that the block manager may hand to others
         self.reserve_at = 0  # num_computed_tokens from which schedule() must look closer: no slot, or the length limit
         self.check_at = 0  # computed tokens from which update() must look closer: a full block, or the length limit
+        # Of prompt tokens 1, 2, ... as far as they are known, kept through preemptions; None: not wanted, or told.
+        wants_prompt = sampling_params.prompt_logprobs is not None and not output_token_ids
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_prompt else None
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -131,6 +136,18 @@ class Request:
     def age(self) -> tuple[int, int]:
         """Requests are served in this order; an older request compares lower."""
         return self.priority, self.arrival
+
+    @property
+    def first_prompt_logprob(self) -> int:
+        """Position of the first prompt token whose log probability is wanted and not known; 0: there is none."""
+        known = self.prompt_logprobs
+        return 0 if known is None or len(known) == self.num_prompt_tokens - 1 else len(known) + 1
+
+    @property
+    def num_matchable_tokens(self) -> int:
+        """In how many leading tokens a cached prefix may be looked for. Skipped positions tell nothing of the tokens
+        behind them, so they may only be those whose next token's log probability is known."""
+        return self.first_prompt_logprob or len(self.all_token_ids)
 
     def limit_length(self, max_model_len: int) -> None:
         """Set ``max_total_tokens``.
@@ -159,8 +176,9 @@ class Request:
         self.reserve_at = min(self.num_slots, self.max_total_tokens - 1)
 
     def set_check(self, block_size: int) -> None:
-        """After a change of ``num_published_blocks``."""
-        self.check_at = min((self.num_published_blocks + 1) * block_size, self.max_total_tokens - 1)
+        """After a change of ``num_published_blocks`` or ``prompt_logprobs``, which the first new token takes along."""
+        next_check = min((self.num_published_blocks + 1) * block_size, self.max_total_tokens - 1)
+        self.check_at = next_check if self.prompt_logprobs is None else 0
 
     def must_wait(self) -> bool:
         """Whether the step in flight ends the request by length, or verifies drafts, which decide where to go on."""
@@ -181,6 +199,20 @@ class Request:
             return FinishReason.LENGTH, None
         return None, None
 
+    def add_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        """Of its next prompt tokens."""
+        assert self.prompt_logprobs is not None, f"log probabilities that nobody wants: {self!r}"
+        self.prompt_logprobs += logprobs
+
+    def take_prompt_logprobs(self, block_size: int) -> list[TokenLogprobs] | None:
+        """All of them, to be told with the first new token; None later, and if nobody wants them."""
+        told = self.prompt_logprobs
+        if told is not None:
+            assert len(told) == self.num_prompt_tokens - 1, f"{len(told)} log probabilities of {self!r}"
+            self.prompt_logprobs = None
+            self.set_check(block_size)
+        return told
+
     def admission(self) -> AdmittedRequest:
         """What the runner must know; a copy, because a batch is a value and the request goes on."""
         return AdmittedRequest(
@@ -191,6 +223,7 @@ class Request:
             self.num_computed_tokens,
             self.block_ids.copy(),
             self.sampling_params,
+            self.first_prompt_logprob,
         )
 
     def check_integrity(self, block_size: int) -> None:

@@ -173,6 +173,8 @@ class Scheduler:
         self._apply_plain_decodes(step.requests[: step.num_plain_decodes], sampled, logprobs, deltas)
         for i in range(step.num_plain_decodes, len(step.requests)):
             if step.requests[i].status is RequestStatus.RUNNING:
+                if i in output.prompt_logprobs:
+                    step.requests[i].add_prompt_logprobs(output.prompt_logprobs[i])
                 num_done = batch.num_computed_tokens[i] + batch.num_scheduled_tokens[i]
                 delta = self._apply_any(step.requests[i], num_done, sampled[i], logprobs[i])
                 if delta is not None:
@@ -273,7 +275,7 @@ class Scheduler:
         manager = self.block_manager
         while token_budget > 0 and self._free_rows and (request := self._waiting.oldest()) is not None:
             manager.extend_block_hashes(request.block_hashes, request.all_token_ids, request.cache_salt)
-            matched = manager.match_prefix(request.block_hashes, request.num_tokens)
+            matched = manager.match_prefix(request.block_hashes, request.num_matchable_tokens)
             # A chunk would fit sooner than the whole, but it would be computed only to be preempted.
             num_needed = manager.num_blocks_for(request.num_tokens) - len(matched)
             if num_needed > manager.num_allocatable_blocks(matched):
@@ -372,8 +374,9 @@ class Scheduler:
             else:
                 self._steps[-1].held.append(request)  # it computes the token that has just ended the request
         num_cached, queued_s = request.num_cached_tokens, request.queued_s
+        told = request.take_prompt_logprobs(self.block_manager.block_size)
         return TokenDelta(
-            request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, num_cached, queued_s
+            request.request_id, new_token_ids, finish_reason, stop_reason, new_logprobs, num_cached, queued_s, told
         )
 
     def _publish_computed_blocks(self, request: Request, num_computed: int) -> None:

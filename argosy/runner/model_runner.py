@@ -23,6 +23,7 @@ from argosy.platforms import HostCopy, Platform
 from argosy.runner.batch_builder import BatchBuilder, BuiltBatch
 from argosy.runner.graph_runner import GraphRunner
 from argosy.runner.logprobs import SampledLogprobs
+from argosy.runner.prompt_logprobs import PendingPromptLogprobs, PromptLogprobs
 from argosy.runner.row_table import RowTable
 from argosy.runner.sampler import Sampler
 
@@ -45,6 +46,7 @@ class StepInFlight:
 
     num_rows: int  # of the plan
     tokens: PendingTokens | None  # None: nothing is sampled
+    prompt_logprobs: PendingPromptLogprobs | None = None  # None: nobody asked
 
 
 class ModelRunner:
@@ -73,6 +75,9 @@ class ModelRunner:
         self._eos_token_ids = tuple(eos_token_ids)
         self._platform = platform
         self._builder = BatchBuilder(row_table, rotary, device)
+        self._prompt_logprobs = PromptLogprobs(
+            row_table, num_valid_tokens=sampler.num_valid_tokens, platform=platform, device=device
+        )
 
     @property
     def num_replays(self) -> int:
@@ -107,20 +112,23 @@ class ModelRunner:
         self._table.apply(batch)
         for request in batch.admitted:
             self._sampler.admit(request.row, request, self._eos_token_ids)
+            self._prompt_logprobs.admit(request)
         built = self._builder.build(batch, exchange)
         hidden_states, num_tokens = self._forward(built.forward, recording)
-        if not built.sampled.size:
-            return StepInFlight(len(batch.rows), None)
-        logits = self.model.compute_logits(
-            self.model.take_rows(hidden_states, built.forward.logits_indices, num_tokens)
-        )
-        return StepInFlight(len(batch.rows), self._sample(built, logits))
+
+        def compute_logits(rows: torch.Tensor) -> torch.Tensor:
+            return self.model.compute_logits(self.model.take_rows(hidden_states, rows, num_tokens))
+
+        prompt_logprobs = self._prompt_logprobs.start(batch, compute_logits)
+        tokens = self._sample(built, compute_logits(built.forward.logits_indices)) if built.sampled.size else None
+        return StepInFlight(len(batch.rows), tokens, prompt_logprobs)
 
     def finish(self, step: StepInFlight) -> StepOutput:
         """What the step made. Steps are finished in the order in which they were started. NOTE(sync): waits for it."""
         tokens = step.tokens
+        prompt_logprobs = {} if step.prompt_logprobs is None else step.prompt_logprobs.wait()
         if tokens is None:
-            return StepOutput(sampled_token_ids=[[]] * step.num_rows)
+            return StepOutput(sampled_token_ids=[[]] * step.num_rows, prompt_logprobs=prompt_logprobs)
         token_ids = tokens.token_ids.wait().numpy()
         self._table.learn(tokens.rows, tokens.positions, token_ids)
         logprobs = None
@@ -130,7 +138,7 @@ class ModelRunner:
         sampled_token_ids = token_ids[:, None].tolist()
         if len(tokens.sampled) < step.num_rows:
             sampled_token_ids = _spread(step.num_rows, tokens.sampled, sampled_token_ids)
-        return StepOutput(sampled_token_ids=sampled_token_ids, logprobs=logprobs)
+        return StepOutput(sampled_token_ids=sampled_token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
     def execute_dummy(self, exchange: ExchangePlan, recording: RecordingKey | None = None) -> None:

@@ -82,8 +82,8 @@ class Sampler:
                 f"the tokenizer has {num_valid_tokens} entries, but the model's vocab_size is {vocab_size}; "
                 "tokenizer and model must belong together"
             )
+        self.num_valid_tokens = num_valid_tokens
         self._vocab_size = vocab_size
-        self._num_valid_tokens = num_valid_tokens
         self._device = device
         self._engine_seed = engine_seed
         self._needs = np.zeros(max_num_seqs, dtype=np.uint8)
@@ -107,7 +107,7 @@ class Sampler:
         params = request.sampling_params
         self._set_key(row, request)
         self._temperature[row] = max(params.temperature, _MIN_TEMPERATURE)
-        self._top_k[row] = min(params.top_k if params.top_k > 0 else self._num_valid_tokens, self._num_valid_tokens)
+        self._top_k[row] = min(params.top_k if params.top_k > 0 else self.num_valid_tokens, self.num_valid_tokens)
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         self._repetition[row] = max(params.repetition_penalty, _MIN_REPETITION)
@@ -118,11 +118,11 @@ class Sampler:
         bias = params.logit_bias or {}
         self._bias_ids[row] = np.fromiter(bias.keys(), dtype=np.int64)
         self._bias_values[row] = np.fromiter(bias.values(), dtype=np.float32)
-        assert (self._bias_ids[row] < self._num_valid_tokens).all(), f"logit_bias of {request.request_id} is unchecked"
+        assert (self._bias_ids[row] < self.num_valid_tokens).all(), f"logit_bias of {request.request_id} is unchecked"
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         # A stop id beyond the tokenizer is never sampled, so it needs no mask.
-        self._stop_ids[row] = np.array([i for i in sorted(stop_ids) if i < self._num_valid_tokens], dtype=np.int64)
-        self._needs[row] = _find_needs(params, cuts_top_k=bool(self._top_k[row] < self._num_valid_tokens))
+        self._stop_ids[row] = np.array([i for i in sorted(stop_ids) if i < self.num_valid_tokens], dtype=np.int64)
+        self._needs[row] = _find_needs(params, cuts_top_k=bool(self._top_k[row] < self.num_valid_tokens))
 
     def sample(
         self, logits: torch.Tensor, rows: np.ndarray, history: TokenHistory, last_token_ids: torch.Tensor | None = None
@@ -138,7 +138,7 @@ class Sampler:
         Host arrays are copied to the device; nothing is read back.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows), self._vocab_size)
-        scores = logits[:, : self._num_valid_tokens]  # the padded rows are cut off rather than masked: no copy
+        scores = logits[:, : self.num_valid_tokens]  # the padded rows are cut off rather than masked: no copy
         line_needs = self._needs[rows]
         needs = int(np.bitwise_or.reduce(line_needs, initial=0))
         if not needs:
@@ -192,7 +192,7 @@ class Sampler:
         """Counts are made anew from the history, O(its length): exact after any preemption, with no state to keep."""
         num_tokens, num_prompt_tokens = history.num_tokens[rows, None], history.num_prompt_tokens[rows, None]
         position = np.arange(num_tokens.max())
-        padding = self._num_valid_tokens
+        padding = self.num_valid_tokens
         token_ids = np.minimum(history.token_ids[rows, : len(position)].astype(np.int64), padding)  # [M, longest]
         token_ids[position >= num_tokens] = padding
         output_ids = np.where(position >= num_prompt_tokens, token_ids, padding)
@@ -220,7 +220,7 @@ class Sampler:
         history: TokenHistory,
     ) -> None:
         lines = np.flatnonzero(line_needs & _Needs.DRAW)
-        chunk_size = max(1, _MAX_DRAW_ELEMENTS // self._num_valid_tokens)
+        chunk_size = max(1, _MAX_DRAW_ELEMENTS // self.num_valid_tokens)
         for start in range(0, len(lines), chunk_size):
             chunk = lines[start : start + chunk_size]
             chunk_rows = rows[chunk]
@@ -248,18 +248,10 @@ class Sampler:
     ) -> SampledLogprobs:
         """Of the model's own distribution, before bias, penalties and temperature, over the valid tokens."""
         lines = np.flatnonzero(line_needs & _Needs.LOGPROBS)
-        num_top = np.minimum(self._num_logprobs[rows[lines]], self._num_valid_tokens)
+        num_top = np.minimum(self._num_logprobs[rows[lines]], self.num_valid_tokens)
         index = self._send(lines)
-        values, chosen = raw[index].log_softmax(dim=1), token_ids[index][:, None]  # [M, V], [M, 1]
-        top = sampling_ops.rank_tokens(values, int(num_top.max()))  # [M, largest num_top]
-        rank = sampling_ops.rank_of(values, chosen[:, 0])[:, None]
-        return SampledLogprobs(
-            num_lines=len(rows),
-            lines=lines,
-            num_top=num_top,
-            ids=torch.cat((chosen, rank, top), dim=1),
-            values=values.gather(1, torch.cat((chosen, top), dim=1)),
-        )
+        ids, values = sampling_ops.measure_tokens(raw[index], token_ids[index], int(num_top.max()))
+        return SampledLogprobs(num_lines=len(rows), lines=lines, num_top=num_top, ids=ids, values=values)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return send(array, self._device)

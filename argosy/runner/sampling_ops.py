@@ -114,6 +114,15 @@ def rank_of(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return ((scores > score) | ((scores == score) & (ids < chosen))).sum(dim=1) + 1
 
 
+def measure_tokens(scores: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ``token_ids: [M]`` and the ``num_top`` likeliest tokens of each line of ``scores: [M, V]`` f32 -> ids
+    [M, 2 + num_top] int64 (the token, its rank, the likeliest) and log probabilities [M, 1 + num_top] f32."""
+    values, chosen = scores.log_softmax(dim=1), token_ids[:, None]  # [M, V], [M, 1]
+    top = rank_tokens(values, num_top)
+    ids = torch.cat((chosen, rank_of(values, token_ids)[:, None], top), dim=1)
+    return ids, values.gather(1, torch.cat((chosen, top), dim=1))
+
+
 def _top_values(scores: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """The ``num_ranks`` best scores of each line, best first."""
     if scores.device.type == "cpu":

@@ -45,14 +45,24 @@ class UsageShape(Shape):
 
 class CompletionLogprobs(Shape):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null: the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Shape):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id, of each prompt token; null: the first
 
 
 class CompletionChoice(Shape):
     index: int
     text: str
+    prompt_logprobs: PromptLogprobs | None = None  # where they were asked for; in a stream with the first token
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
@@ -120,6 +130,7 @@ class ChatShape(Shape):
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = None  # where they were asked for
     usage: UsageShape
 
 
@@ -148,6 +159,7 @@ class ChatChunkShape(Shape):
     created: int
     model: str
     choices: list[ChunkChoice]
+    prompt_logprobs: PromptLogprobs | None = None
     usage: UsageShape | None = None
 
 
@@ -173,6 +185,7 @@ class GenerateShape(Shape):
 
     request_id: str
     outputs: list[GenerateOutput]
+    prompt_logprobs: list[LogprobsShape | None] | None = None  # of each prompt token; null: the first
     usage: UsageShape | None = None
 
 
@@ -211,7 +224,9 @@ class LoadShape(Shape):
 
 class TokenizerShape(Shape):
     vocab_size: int
+    bos_token: str | None
     bos_token_id: int | None
+    eos_token: str | None
     eos_token_ids: list[int]
     adds_bos: bool
     special_token_ids: list[int]

@@ -26,6 +26,7 @@ from argosy.server.deployment import Deployment, EngineSource, ServerView, descr
 from argosy.server.errors import ApiError, overloaded
 from argosy.server.gate import Gate
 from argosy.server.json_body import JsonRoute, shorten
+from argosy.server.logprobs import check_num_prompt_logprobs, token_text
 from argosy.server.logs import log_answer, logger
 from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import OutputFeed, RequestBoard, Submission
@@ -170,6 +171,7 @@ class Service:
         self, http: Request, request: Sampling, prompts: list[CheckedPrompt], params: SamplingParams
     ) -> tuple[OutputFeed, str]:
         """Submit the prompts; the feed and the id that names them all."""
+        check_num_prompt_logprobs(prompts, params)
         self._check_room(len(prompts) * params.n)
         request_id = request.request_id or http.state.request_id
         many = len(prompts) > 1
@@ -307,7 +309,9 @@ def _add_information(app: FastAPI, service: Service) -> None:
             {
                 "vocab_size": tokenizer.vocab_size,
                 "bos_token_id": tokenizer.bos_token_id,
+                "bos_token": None if tokenizer.bos_token_id is None else token_text(tokenizer, tokenizer.bos_token_id),
                 "eos_token_ids": list(tokenizer.eos_token_ids),
+                "eos_token": token_text(tokenizer, tokenizer.eos_token_id),
                 "adds_bos": tokenizer.adds_bos,
                 "special_token_ids": sorted(tokenizer.special_token_ids),
             }

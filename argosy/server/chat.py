@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from argosy.engine.tokenizer import Tokenizer
-from argosy.messages import CompletionOutput, TokenLogprobs
+from argosy.messages import CompletionOutput, RequestOutput, TokenLogprobs
 from argosy.models.deepseek.encoding_parser import ParsedToolCall
 from argosy.server.chat_stream import ChatPiece, ChatStream
-from argosy.server.completions import token_text
+from argosy.server.logprobs import describe_prompt_logprobs, token_text
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import ChatRequest
 from argosy.server.streaming import DONE, EventFrame
@@ -37,11 +37,12 @@ class ChatAnswer:
         ]
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
-        choices: list[dict[str, object]] = []
+        answer: dict[str, object] = {}
         async for position, output in feed:
             self._usage.add(position, output)
-            choices = [self._choice(completion) for completion in output.outputs]
-        return self._base("chat.completion") | {"choices": choices, "usage": self._usage.as_dict()}
+            answer = {"choices": [self._choice(completion) for completion in output.outputs]}
+            answer |= self._prompt_logprobs(output)
+        return self._base("chat.completion") | answer | {"usage": self._usage.as_dict()}
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
@@ -58,13 +59,21 @@ class ChatAnswer:
         async for position, output in feed:
             self._usage.add(position, output)
             choices = [chunk for each in output.outputs if (chunk := self._chunk(each)) is not None]
-            if choices:
+            prompt_logprobs = self._prompt_logprobs(output)
+            if choices or prompt_logprobs:
                 if is_continuous:
                     extra = {"usage": self._usage.as_dict()}
-                yield frame.fill({"choices": choices} | extra)
+                yield frame.fill({"choices": choices} | prompt_logprobs | extra)
         if options is not None and options.include_usage:
             yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
+
+    def _prompt_logprobs(self, output: RequestOutput) -> dict[str, object]:
+        """Once: with the whole answer, or with the first output of a stream."""
+        num_top = self._request.prompt_logprobs
+        if num_top is None or output.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": describe_prompt_logprobs(self._tokenizer, output.prompt_logprobs, num_top)}
 
     def _base(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

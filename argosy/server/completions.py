@@ -6,9 +6,12 @@ Invariant: the pieces of a stream, joined by choice, are the answer that the sam
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from argosy.engine.prompts import CheckedPrompt
 from argosy.engine.tokenizer import Tokenizer
 from argosy.messages import CompletionOutput, RequestOutput, TokenLogprobs
+from argosy.server.logprobs import TextOffsets, describe_logprobs, describe_prompt_logprobs, find_prompt_offsets
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import CompletionRequest, GenerateRequest
 from argosy.server.streaming import DONE, EventFrame, as_event
@@ -33,12 +36,13 @@ class CompletionAnswer:
         self._base = {"id": f"cmpl-{answer_id}", "object": "text_completion", "created": int(time.time())}
         self._base["model"] = model
         self._usage = Usage([len(prompt.token_ids) for prompt in prompts])
-        self._text_offsets: dict[int, int] = {}  # by choice: characters that came before
+        self._offsets: dict[int, TextOffsets] = {}  # by choice
+        # By prompt, from its first output on.
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
         choices: dict[int, dict[str, object]] = {}
-        async for position, output in feed:
-            self._usage.add(position, output)
+        async for position, output in self._outputs(feed):
             for completion in output.outputs:
                 index = self._index(position, completion)
                 choices[index] = self._choice(position, completion, is_first=True)
@@ -51,8 +55,7 @@ class CompletionAnswer:
         options = self._request.stream_options
         started: set[int] = set()
         frame = EventFrame(self._base)
-        async for position, output in feed:
-            self._usage.add(position, output)
+        async for position, output in self._outputs(feed):
             choices = []
             for completion in output.outputs:
                 index = self._index(position, completion)
@@ -69,29 +72,52 @@ class CompletionAnswer:
             yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
 
+    async def _outputs(self, feed: OutputFeed) -> AsyncIterator[tuple[int, RequestOutput]]:
+        async for position, output in feed:
+            told = _without_completions(output) if self._request.is_prompt_only else output
+            self._usage.add(position, told)
+            if told.prompt_logprobs is not None:
+                self._prompt_logprobs[position] = told.prompt_logprobs
+            yield position, told
+
     def _index(self, position: int, completion: CompletionOutput) -> int:
         return position * self._request.n + completion.index
 
     def _choice(self, position: int, completion: CompletionOutput, *, is_first: bool) -> dict[str, object]:
-        index = self._index(position, completion)
-        text = completion.text
-        if is_first and self._request.echo:
-            text = self._prompt_text(position) + text
+        prompt_text = self._prompt_text(position) if is_first and self._request.echo else ""
         choice: dict[str, object] = {
-            "index": index,
-            "text": text,
+            "index": self._index(position, completion),
+            "text": prompt_text + completion.text,
             "logprobs": None,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
         if completion.logprobs is not None:
-            offset = self._text_offsets.get(index, 0)
-            choice["logprobs"], self._text_offsets[index] = describe_logprobs(
-                completion.logprobs, self._tokenizer, offset
+            choice["logprobs"] = self._logprobs(position, completion, prompt_text, is_first=is_first)
+        if is_first and self._request.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = describe_prompt_logprobs(
+                self._tokenizer, self._prompt_logprobs[position], self._request.prompt_logprobs
             )
         if self._request.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
+
+    def _logprobs(
+        self, position: int, completion: CompletionOutput, prompt_text: str, *, is_first: bool
+    ) -> dict[str, list[object]]:
+        """Of the new tokens, and in the first piece of an echo of the prompt's."""
+        request, tokenizer, new = self._request, self._tokenizer, completion.logprobs or []
+        offsets = self._offsets.setdefault(self._index(position, completion), TextOffsets(len(prompt_text)))
+        shown_bytes = tokenizer.byte_table(skip_special_tokens=request.skip_special_tokens)
+        token_ids = [entry.token_id for entry in new]
+        entries: list[TokenLogprobs | None] = [*new]
+        starts = [offsets.add(shown_bytes[token_id]) for token_id in token_ids]
+        if is_first and request.echo:
+            prompt = self._prompts[position]
+            token_ids = prompt.token_ids + token_ids
+            entries = self._prompt_logprobs[position] + entries
+            starts = find_prompt_offsets(tokenizer, prompt, prompt_text) + starts
+        return describe_logprobs(tokenizer, token_ids, entries, starts, request.logprobs or 0)
 
     def _prompt_text(self, position: int) -> str:
         prompt = self._prompts[position]
@@ -107,29 +133,20 @@ def _says_something(completion: CompletionOutput, request: CompletionRequest) ->
     )
 
 
-def describe_logprobs(
-    logprobs: list[TokenLogprobs], tokenizer: Tokenizer, offset: int
-) -> tuple[dict[str, object], int]:
-    """OpenAI's completion shape; ``offset`` is where the first token's text begins, the second value where the next
-    will."""
-    tokens, chosen, tops, offsets = [], [], [], []
-    for entry in logprobs:
-        token = token_text(tokenizer, entry.token_id)
-        tokens.append(token)
-        chosen.append(entry.logprob)
-        top = {
-            token_text(tokenizer, token_id): logprob
-            for token_id, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-        }
-        tops.append({token: entry.logprob} | top)
-        offsets.append(offset)
-        offset += len(token)
-    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}, offset
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token alone; bytes that are no whole character become U+FFFD."""
-    return tokenizer.byte_table(skip_special_tokens=False)[token_id].decode(errors="replace")
+def _without_completions(output: RequestOutput) -> RequestOutput:
+    """Of the prompt alone: the token that an engine had to compute is not told."""
+    completions = [
+        msgspec.structs.replace(
+            each,
+            text="",
+            token_ids=[],
+            logprobs=None if each.logprobs is None else [],
+            finish_reason="length" if each.finish_reason else None,
+            stop_reason=None,
+        )
+        for each in output.outputs
+    ]
+    return msgspec.structs.replace(output, outputs=completions)
 
 
 class GenerateAnswer:
@@ -141,17 +158,17 @@ class GenerateAnswer:
         self._usage = Usage([len(request.prompt_token_ids)])
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
-        outputs: list[dict[str, object]] = []
+        answer: dict[str, object] = {}
         async for position, output in feed:
             self._usage.add(position, output)
-            outputs = self._outputs(output)
-        return self._base | {"outputs": outputs, "usage": self._usage.as_dict()}
+            answer = {"outputs": self._outputs(output)} | self._prompt_logprobs(output)
+        return self._base | answer | {"usage": self._usage.as_dict()}
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
         async for position, output in feed:
             self._usage.add(position, output)
-            chunk = self._base | {"outputs": self._outputs(output)}
+            chunk = self._base | {"outputs": self._outputs(output)} | self._prompt_logprobs(output)
             if options is not None and options.continuous_usage_stats:
                 chunk["usage"] = self._usage.as_dict()
             yield as_event(chunk)
@@ -171,3 +188,7 @@ class GenerateAnswer:
             }
             for each in output.outputs
         ]
+
+    @staticmethod
+    def _prompt_logprobs(output: RequestOutput) -> dict[str, object]:
+        return {} if output.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}

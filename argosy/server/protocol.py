@@ -73,6 +73,7 @@ class Sampling(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # of the prompt, with alternatives
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False  # choices carry token_ids, and the answer the prompt's
@@ -94,7 +95,15 @@ class Sampling(Body):
             raise ValueError("stream_options needs stream: true")
         return self
 
-    def _params(self, max_tokens: int | None, logprobs: int | None, *, skip_special_tokens: bool) -> SamplingParams:
+    def _params(
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        *,
+        skip_special_tokens: bool,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        """``prompt_logprobs``: if more of them are wanted than the field says."""
         try:
             return SamplingParams(
                 n=self.n,
@@ -114,6 +123,7 @@ class Sampling(Body):
                 include_stop_str_in_output=self.include_stop_str_in_output,
                 ignore_eos=self.ignore_eos,
                 logprobs=logprobs,
+                prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
                 skip_special_tokens=skip_special_tokens,
             )
         except ValueError as error:
@@ -132,8 +142,8 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = 16  # 0, with echo: the prompt alone is judged
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # with echo, also of the prompt's tokens
     echo: bool = False  # the prompt's text in front of the completion's
     suffix: None = None  # the model was not trained to fill a gap
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -142,9 +152,16 @@ class CompletionRequest(Sampling):
     def _check_completion(self) -> Self:
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError("best_of is not supported beyond n; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs asks for the prompt's log probabilities, which are not computed")
         return self
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Nothing is to be generated."""
+        return self.max_tokens == 0
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -155,7 +172,18 @@ class CompletionRequest(Sampling):
         return self.prompt  # type: ignore[return-value]
 
     def to_params(self) -> SamplingParams:
-        return self._params(self.max_tokens, self.logprobs, skip_special_tokens=self.skip_special_tokens)
+        if self.is_prompt_only and not self.echo:
+            message = "max_tokens 0 asks for no answer at all; set echo to true, or max_tokens to at least 1"
+            raise ApiError(400, message, param="max_tokens")
+        if self.is_prompt_only and self.min_tokens:
+            raise ApiError(400, f"min_tokens ({self.min_tokens}) must not exceed max_tokens (0)", param="min_tokens")
+        num_top = max(self.logprobs or 0, self.prompt_logprobs or 0) if self.echoes_logprobs else self.prompt_logprobs
+        return self._params(
+            1 if self.is_prompt_only else self.max_tokens,  # an engine computes one token, which is not told then
+            self.logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            prompt_logprobs=num_top,
+        )
 
 
 class FunctionChoice(Body):

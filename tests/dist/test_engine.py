@@ -13,6 +13,7 @@ from argosy import LLM, RequestOutput, SamplingParams
 from argosy.distributed.expert_load import merge_local_counts
 from argosy.engine.generation import Result
 from argosy.engine.replica_client import ReplicasClient
+from tests.helpers.tolerance import FP32_LOGITS_ATOL
 
 NUM_TOKENS = 8
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -42,6 +43,17 @@ def _tokens(results: list[Result]) -> list[list[int]]:
 def _ends(results: list[Result]) -> list[tuple[list[int], str | None, int | str | None]]:
     outputs = [result.outputs[0] for result in results if isinstance(result, RequestOutput)]
     return [(output.token_ids, output.finish_reason, output.stop_reason) for output in outputs]
+
+
+def _prompt_logprobs(results: list[Result]) -> list[float]:
+    """All numbers, with marks between requests and tokens that would not pass for another's."""
+    numbers: list[float] = []
+    for result in results:
+        assert isinstance(result, RequestOutput)
+        numbers.append(1000.0 if result.prompt_logprobs is None else 2000.0)
+        for entry in result.prompt_logprobs or []:
+            numbers += [3000.0] if entry is None else [entry.token_id, entry.logprob, *entry.top_logprobs]
+    return numbers
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,22 @@ def test_asynchronous_scheduling_changes_no_token(
         # A long prompt in the row of a short one, of which the last thing that its ranks did was to start a step.
         for prompt, tokens in zip(_prompts()[1::3], alone[1::3], strict=True):
             assert _tokens(llm.generate([prompt], GREEDY, data_parallel_rank=1)) == [tokens]
+    finally:
+        llm.update_settings(async_scheduling=False)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_prompt_logprobs_are_those_of_one_rank(llm: LLM, one_rank: LLM, is_async: bool) -> None:
+    """In chunks, of some requests and not of others, on both replicas; twice, with prefixes in the cache."""
+    params = [dataclasses.replace(GREEDY, prompt_logprobs=num_top) for num_top in (0, 3, None, 2, 1)]
+    expected = _prompt_logprobs(one_rank.generate(_prompts(), params))
+    assert len(expected) > 3 * (4 + 63 + 129)
+    llm.update_settings(ep_mode="auto", max_num_batched_tokens=64, async_scheduling=is_async)
+    try:
+        for data_parallel_rank in (None, 1):
+            results = llm.generate(_prompts(), params, data_parallel_rank=data_parallel_rank)
+            assert _prompt_logprobs(results) == pytest.approx(expected, abs=FP32_LOGITS_ATOL)
+            assert _tokens(results) == _tokens(one_rank.generate(_prompts(), GREEDY))
     finally:
         llm.update_settings(async_scheduling=False)
 

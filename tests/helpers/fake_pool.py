@@ -15,6 +15,18 @@ class Running:
     num_told: int = 0
 
 
+def describe_prompt(request: AddRequest) -> list[TokenLogprobs] | None:
+    """Of the token at position i: -i, and rank 2 behind token 5."""
+    num_top = request.sampling_params.prompt_logprobs
+    if num_top is None:
+        return None
+    return [
+        TokenLogprobs(token_id, -float(i), 2, [5, token_id][:num_top], [-0.25, -float(i)][:num_top])
+        for i, token_id in enumerate(request.prompt_token_ids)
+        if i > 0
+    ]
+
+
 class FakePool:
     """``EngineDoor``. ``answer(prompt_token_ids)`` gives a request's tokens, with the end token if it ends."""
 
@@ -61,7 +73,8 @@ class FakePool:
             if running.request.sampling_params.logprobs is not None:
                 num_top = running.request.sampling_params.logprobs
                 logprobs = [TokenLogprobs(token_id, -0.5, 1, [token_id, 5][:num_top], [-0.5, -1.5][:num_top])]
-            deltas.append(TokenDelta(request_id, [token_id], reason, None, logprobs, 1))
+            prompt_logprobs = describe_prompt(running.request) if running.num_told == 1 else None
+            deltas.append(TokenDelta(request_id, [token_id], reason, None, logprobs, 1, 0.0, prompt_logprobs))
         if deltas:
             self.deliver(deltas)
         if self.running and not self.is_held:

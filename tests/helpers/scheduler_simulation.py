@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from argosy.cache.block_manager import NULL_BLOCK, BlockManager
 from argosy.engine.request import Request, RequestStatus
 from argosy.engine.scheduler import Scheduler
-from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta
+from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta, TokenLogprobs
 from argosy.sampling_params import SamplingParams
 
 VOCAB_SIZE = 16
@@ -43,11 +43,28 @@ def generate_alone(
             return output, FinishReason.LENGTH, None
 
 
+def prompt_logprobs_alone(prompt: list[int]) -> list[TokenLogprobs]:
+    """The specification: a number made of all tokens before; the rank is the position."""
+    return [TokenLogprobs(prompt[i], float(zlib.crc32(bytes(prompt[:i]))), i) for i in range(1, len(prompt))]
+
+
 @dataclass
 class FakeRow:
     token_ids: list[int]
     block_ids: list[int]
     salt: str | None
+    prompt: list[int]
+    first_prompt_logprob: int
+
+    def prompt_logprobs(self, num_computed: int, num_scheduled: int) -> list[TokenLogprobs]:
+        """Of the tokens behind those that are computed, as far as they are wanted."""
+        if not self.first_prompt_logprob:
+            return []
+        return [
+            each
+            for each in prompt_logprobs_alone(self.prompt)
+            if each.rank >= self.first_prompt_logprob and num_computed < each.rank <= num_computed + num_scheduled
+        ]
 
     def histories(self, token_ids: list[int], block_size: int) -> list[tuple[int, int]]:
         """(slot, what it must hold) of every position."""
@@ -70,7 +87,8 @@ class FakeRunner:
     def execute(self, batch: ScheduledBatch, salts: dict[str, str | None], drafts: dict[int, list[int]]) -> StepOutput:
         for admitted in batch.admitted:
             salt = salts[admitted.request_id]
-            self.rows[admitted.row] = FakeRow(list(admitted.token_ids), list(admitted.block_ids), salt)
+            prompt, first = admitted.token_ids[: admitted.num_prompt_tokens], admitted.first_prompt_logprob
+            self.rows[admitted.row] = FakeRow(list(admitted.token_ids), list(admitted.block_ids), salt, prompt, first)
         for row, block_ids in batch.new_block_ids:
             self.rows[row].block_ids += block_ids
         plan = []
@@ -89,7 +107,13 @@ class FakeRunner:
         self.cache.update(written)
         for _, _, _, held in plan:
             assert all(self.cache[slot] == history for slot, history in held), "a history was overwritten"
-        return StepOutput([self._sample(self.rows[row], token_ids, len(held)) for row, _, token_ids, held in plan])
+        prompt_logprobs = {
+            i: told
+            for i, (row, computed, _, held) in enumerate(plan)
+            if (told := self.rows[row].prompt_logprobs(computed, len(held) - computed))
+        }
+        sampled = [self._sample(self.rows[row], token_ids, len(held)) for row, _, token_ids, held in plan]
+        return StepOutput(sampled, prompt_logprobs=prompt_logprobs)
 
     def _sample(self, row: FakeRow, token_ids: list[int], num_computed: int) -> list[int]:
         """Greedy verification: drafts are accepted while they are what would have been sampled."""
@@ -136,6 +160,7 @@ class Simulation:
         self.requests: dict[str, Request] = {}
         self.salts: dict[str, str | None] = {}
         self.received: dict[str, list[int]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self.ends: dict[str, TokenDelta] = {}
         self.silent_ends: set[str] = set()  # finish_request() promises no delta
 
@@ -222,6 +247,9 @@ class Simulation:
             assert delta.request_id not in self.ends, f"{delta.request_id} got a delta after its end"
             assert delta.request_id not in self.silent_ends, f"{delta.request_id} got a delta after finish_request()"
             assert delta.new_token_ids or delta.finish_reason is FinishReason.ABORT
+            if delta.prompt_logprobs is not None:
+                assert delta.new_token_ids and not self.received[delta.request_id], "not with the first token"
+                self.prompt_logprobs[delta.request_id] = delta.prompt_logprobs
             self.received[delta.request_id] += delta.new_token_ids
             if delta.finish_reason is not None:
                 self.ends[delta.request_id] = delta
@@ -231,6 +259,9 @@ class Simulation:
             request.prompt_token_ids, request.sampling_params, self.scheduler.max_model_len
         )
         tokens = self.received[name]
+        wants_prompt = request.sampling_params.prompt_logprobs is not None and bool(tokens)
+        told = prompt_logprobs_alone(request.prompt_token_ids) if wants_prompt else None
+        assert self.prompt_logprobs.get(name) == told, f"{name} was told {self.prompt_logprobs.get(name)}"
         if name in self.silent_ends or self.ends[name].finish_reason is FinishReason.ABORT:
             assert tokens == expected[: len(tokens)], f"{name} got {tokens}, alone it gets {expected}"
             return

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from argosy import LLM, SamplingParams
+from argosy import LLM, RequestOutput, SamplingParams
 
 QUESTIONS = ["17 + 25 = ?", "法国的首都是哪里？", "What is 3 * 14?", "Which is larger, 9 or 12?"]
 START_S = 90.0
@@ -112,6 +112,25 @@ def test_tokens_equal_those_offline_alone_streamed_and_in_a_crowd(served: Served
     with ThreadPoolExecutor(16) as pool:
         crowd = [question for question in QUESTIONS for _ in range(6)]
         assert list(pool.map(lambda question: ask_streamed(served, question), crowd)) == [expected[q] for q in crowd]
+
+
+def test_an_echo_has_the_prompts_log_probabilities_offline(served: Served) -> None:
+    """As the SDK reads them, whole and streamed, of a prompt whose prefix is in the cache."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    with LLM(num_threads=1) as llm:
+        prompt = llm.encode_chat([{"role": "user", "content": QUESTIONS[1] * 20}])
+        (result,) = llm.generate([prompt], params)
+    assert isinstance(result, RequestOutput) and result.prompt_logprobs is not None and len(prompt) > 64
+    expected = [entry.logprob for entry in result.prompt_logprobs if entry is not None]
+    options = {"model": "argosy-tiny", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 4, "temperature": 0}
+    create = served.client().completions.create
+    for stream in (False, True):
+        pieces = (
+            [each.choices[0] for each in create(**options, stream=True)] if stream else [create(**options).choices[0]]
+        )
+        told = [value for piece in pieces for value in piece.logprobs.token_logprobs]
+        assert told[0] is None and len(told) == len(prompt) + 4
+        assert told[1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_openai_sdk(served: Served) -> None:

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from argosy.cli.main import main
 from argosy.cli.prompt_lines import parse_prompt_line
+from argosy.cli.result_lines import build_result_line
 from argosy.config import EngineConfig
+from argosy.messages import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from argosy.sampling_params import SamplingParams
 from tests.helpers.fake_language_model import FakeLanguageModel, fake_terminal, written
 
@@ -229,3 +232,16 @@ def test_file_that_cannot_be_opened_is_a_user_error(flag: str, tmp_path: Path) -
 def test_null_clears_an_optional_setting() -> None:
     line = parse_prompt_line(b'{"prompt": "a", "max_tokens": null, "stop": null}', FLAGS)
     assert line.sampling_params == SamplingParams(temperature=0.0, max_tokens=None)
+
+
+@pytest.mark.parametrize("num_completions", [1, 2])
+def test_prompt_logprobs_are_in_the_line_and_nothing_where_nobody_asked(num_completions: int) -> None:
+    assert parse_prompt_line(b'{"prompt": "a", "prompt_logprobs": 2}', FLAGS).sampling_params.prompt_logprobs == 2
+    told = [None, TokenLogprobs(7, -0.5, 2, [9], [-0.25])]
+    completions = [CompletionOutput(i, "a", [5], "length") for i in range(num_completions)]
+    output = RequestOutput("r", None, [6, 7], completions, True, RequestMetrics(0.0), prompt_logprobs=told)
+    line = json.loads(msgspec.json.encode(build_result_line(3, output)))
+    entry = {"token_id": 7, "logprob": -0.5, "rank": 2, "top_token_ids": [9], "top_logprobs": [-0.25]}
+    assert line["prompt_logprobs"] == [None, entry]
+    output.prompt_logprobs = None
+    assert "prompt_logprobs" not in json.loads(msgspec.json.encode(build_result_line(3, output)))

@@ -222,3 +222,27 @@ def test_every_request_ends_once_with_all_its_tokens(child_counts, random):
             child_id = output.request_id if len(output.outputs) == 1 else f"{output.request_id}#{completion.index}"
             assert completion.token_ids == given_ids[child_id]
             assert completion.text == TINY.decode(given_ids[child_id])
+
+
+def test_prompt_logprobs_come_first_and_in_a_stream_once():
+    """Other completions wait for those of the first, which alone is asked about the prompt."""
+    processor = OutputProcessor(TINY)
+    params = SamplingParams(n=2, prompt_logprobs=1)
+    children = processor.add_request("r", None, [0, 7, 8], params, 10.0, is_delta=True)
+    assert [child.sampling_params.prompt_logprobs for child in children] == [1, None]
+    assert processor.process([TokenDelta("r#1", ids("a"))], 11.0).outputs == []
+    assert processor.process([TokenDelta("r#1", ids("b"), LENGTH)], 12.0).outputs == []
+    told = logprobs(-1.0, -2.0)
+    first = only(processor.process([TokenDelta("r#0", ids("c"), prompt_logprobs=told)], 13.0))
+    assert first.prompt_logprobs == [None, *told]
+    assert [(each.index, each.text) for each in first.outputs] == [(0, "c"), (1, "ab")]
+    last = only(processor.process([TokenDelta("r#0", ids("d"), LENGTH)], 14.0))
+    assert last.finished and last.prompt_logprobs is None
+
+
+def test_prompt_logprobs_are_in_every_cumulative_output():
+    processor = started(prompt_logprobs=0)
+    for tokens, told in ((ids("a"), logprobs(-1.0, -2.0)), (ids("b"), None)):
+        output = only(processor.process([TokenDelta("r", tokens, prompt_logprobs=told)], 11.0))
+        assert output.prompt_logprobs == [None, *logprobs(-1.0, -2.0)]
+    assert only(started().process([TokenDelta("r", ids("a"))], 11.0)).prompt_logprobs is None

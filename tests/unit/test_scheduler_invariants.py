@@ -31,6 +31,7 @@ arrivals = st.fixed_dictionaries(
         "min_tokens": st.sampled_from([0, 0, 1]),
         "ignore_eos": st.sampled_from([True, True, False]),
         "stop_token_ids": st.sampled_from([(), (), (3,), (5, 0)]),
+        "prompt_logprobs": st.sampled_from([None, None, 0]),
     }
 )
 crowds = st.lists(arrivals, min_size=2, max_size=5)
