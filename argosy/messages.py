@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"  # its grammar took more than the limits allow; stop_reason says what
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -78,6 +79,7 @@ class StepOutput(msgspec.Struct):
     sampled_token_ids: list[list[int]]  # [] for a row that was not sampled
     logprobs: list[list[TokenLogprobs]] | None = None  # parallel to sampled_token_ids; None if nobody asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # index in rows -> its next prompt tokens, in order
+    failures: dict[int, str] = {}  # entry -> why its request cannot go on
 
 
 class TokenDelta(msgspec.Struct):

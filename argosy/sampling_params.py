@@ -5,6 +5,7 @@ the model's length are made where those are known (``engine/generation.py``). In
 valid.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,57 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_SEED = 2**63 - 1
+MAX_GRAMMAR_BYTES = 2**18  # of a schema, regular expression, grammar, or all choices together
+# Between the parts of a JSON value: a blank, or a new line with its indentation. A model that may write any number of
+# blanks sometimes fills all its tokens with them.
+JSON_WHITESPACE = r"( |\n[ \t]{0,20})"
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What the output must match; exactly one of the first five, with vLLM's names.
+
+    Whether it can be compiled is found out later (``argosy/grammar``).
+
+    Raises:
+        ValueError: naming the field, the value and the rule.
+    """
+
+    json: str | dict[str, object] | None = None  # a JSON schema, as an object or as its text; kept as text
+    regex: str | None = None  # of the whole output; Rust's syntax
+    choice: tuple[str, ...] | None = None  # one of these texts
+    grammar: str | None = None  # context-free, in llguidance's dialect of Lark, with a rule "start"
+    json_object: bool = False  # any JSON object
+    starts_after_token_id: int | None = None  # what comes before the first such token is free: reasoning
+
+    def __post_init__(self) -> None:
+        given = [name for name in _FORMS if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"structured_outputs needs exactly one of {', '.join(_FORMS)}; found {found}")
+        if isinstance(self.json, dict):
+            object.__setattr__(self, "json", _write_json(self.json))
+        if isinstance(self.choice, list):
+            object.__setattr__(self, "choice", tuple(self.choice))
+        value = getattr(self, given[0])
+        if given[0] == "choice":
+            if not isinstance(value, tuple) or not value or not all(isinstance(each, str) and each for each in value):
+                raise ValueError(f"structured_outputs.choice must hold one text or more, none empty, got {value!r:.80}")
+            value = "".join(value)
+        elif given[0] == "json_object":
+            value = "{}" if value is True else None
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"structured_outputs.{given[0]} must be a text that is not empty, got {getattr(self, given[0])!r:.80}"
+            )
+        num_bytes = len(value.encode(errors="surrogatepass"))
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise ValueError(
+                f"structured_outputs.{given[0]} has {num_bytes} bytes, at most {MAX_GRAMMAR_BYTES} are allowed"
+            )
+        if self.starts_after_token_id is not None:
+            _check_integer("structured_outputs.starts_after_token_id", self.starts_after_token_id, 0, 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +94,15 @@ class SamplingParams:
     logprobs: int | None = None  # report the chosen token's logprob and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
     skip_special_tokens: bool = True  # leave special tokens out of the text
+    structured_outputs: StructuredOutputsParams | None = None  # a grammar that the output must match
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.structured_outputs, dict):
+            object.__setattr__(self, "structured_outputs", _read_structured_outputs(self.structured_outputs))
         _check_integer("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
@@ -91,6 +146,20 @@ class SamplingParams:
         for token_id, bias in (self.logit_bias or {}).items():
             _check_integer("logit_bias token id", token_id, 0, 2**31 - 1)
             _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+
+def _read_structured_outputs(fields: dict[str, object]) -> StructuredOutputsParams:
+    unknown = [name for name in fields if name not in _FORMS]
+    if unknown:
+        raise ValueError(f"structured_outputs has the field {unknown[0]!r}; it may have one of {', '.join(_FORMS)}")
+    return StructuredOutputsParams(**fields)  # type: ignore[arg-type]
+
+
+def _write_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"structured_outputs.json cannot be written as JSON: {error}") from error
 
 
 def _check_number(name: str, value: float, low: float, high: float, *, exclude_low: bool = False) -> None:

@@ -49,7 +49,7 @@ DESCRIPTION = "DeepSeek-V3.2 on one machine: generate, chat, measure, validate."
 # NOTE: a command answers the same way every time unless told otherwise, so it is greedy; --seed is the engine's, which
 # gives every request without a seed of its own a different one.
 SAMPLING_DEFAULTS: Mapping[str, object] = MappingProxyType({"temperature": 0.0, "max_tokens": 256})
-GENERATE_OMITS = frozenset({"seed"})
+GENERATE_OMITS = frozenset({"seed", "structured_outputs"})  # a grammar is a field of an input line
 CHAT_OMITS = GENERATE_OMITS | {"n", "logprobs", "prompt_logprobs", "skip_special_tokens"}
 NO_OMITS: frozenset[str] = frozenset()
 

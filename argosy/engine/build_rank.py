@@ -6,6 +6,7 @@ other ranks. Invariant: what two ranks of a replica set up from equal settings b
 
 import secrets
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,12 @@ from argosy.distributed.dp_coord import ExchangePolicy, choose_mode, plan_record
 from argosy.distributed.ep_types import ExchangeOf, ExchangePlan, exchange_nothing
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.recordings import NO_RECORDINGS, RecordingTable
+from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.scheduler import Scheduler
+from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.weight_format import choose_quantization
+from argosy.grammar.compiler import Vocabulary
+from argosy.grammar.grammar_table import GrammarTable
 from argosy.kernels.select import select_compilation_counter
 from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
 from argosy.models.deepseek.config import ModelConfig
@@ -233,6 +238,7 @@ def build_runner(
         max_num_seqs=config.max_num_seqs,
         device=device,
         engine_seed=config.seed,
+        grammars=GrammarTable(partial(load_vocabulary, config, model_config)),
     )
     return ModelRunner(
         model=model,
@@ -245,6 +251,13 @@ def build_runner(
         device=device,
         compilations=select_compilation_counter(platform.device_type, _report_compilation),
     )
+
+
+def load_vocabulary(config: EngineConfig, model_config: ModelConfig) -> Vocabulary:
+    """What grammars are followed in."""
+    directory = Path(config.tokenizer).expanduser() if config.tokenizer else resolve_model_directory(config.model)
+    tokenizer = Tokenizer.from_directory(directory)
+    return tokenizer.vocabulary(model_config.eos_token_ids)
 
 
 def warm_up_kernels(

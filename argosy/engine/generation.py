@@ -36,9 +36,10 @@ from argosy.engine.engine_core import EngineCore
 from argosy.engine.output_processor import OutputProcessor
 from argosy.engine.prompts import Prompt, PromptChecker
 from argosy.engine.replica_messages import AddRequest, ReplicaStats, UpdateSettings
+from argosy.grammar.checker import GrammarChecker
 from argosy.messages import DeploymentStats, RequestOutput
 from argosy.models.deepseek.config import ModelConfig
-from argosy.models.deepseek.encoding import encode_messages
+from argosy.models.deepseek.encoding import THINK_END, encode_messages
 from argosy.sampling_params import SamplingParams
 
 Message = Mapping[str, object]
@@ -148,6 +149,7 @@ class LLM:
         self.tokenizer = running.tokenizer
         self.max_model_len: int = running.config.max_model_len
         self._checker = PromptChecker(running.tokenizer, self.max_model_len)
+        self._grammars = GrammarChecker(running.tokenizer.vocabulary)
         self._processor = OutputProcessor(running.tokenizer)
         self._request_ids = (f"request-{i}" for i in itertools.count())
         self._settings = running.config
@@ -356,7 +358,10 @@ class LLM:
         use_tqdm: bool = True,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[Result]:
-        """Answer one conversation, or a list of them, in OpenAI's message shape; see ``generate``."""
+        """Answer one conversation, or a list of them, in OpenAI's message shape; see ``generate``.
+
+        With ``thinking``, ``structured_outputs`` hold for what comes after the reasoning.
+        """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         errors: dict[int, ValueError] = {}
@@ -369,6 +374,8 @@ class LLM:
                 errors[i] = error
         params_list = _as_params_list(sampling_params, len(conversations))
         params_list = [params for i, params in enumerate(params_list) if i not in errors]
+        if thinking:
+            params_list = [self._leave_reasoning_free(params) for params in params_list]
         results = iter(self.generate(prompts, params_list, use_tqdm=use_tqdm, on_error=on_error))
         return [errors[i] if i in errors else next(results) for i in range(len(conversations))]
 
@@ -386,11 +393,19 @@ class LLM:
         """
         return self.tokenizer.encode(encode_messages(messages, thinking=thinking, tools=tools))
 
+    def _leave_reasoning_free(self, params: SamplingParams) -> SamplingParams:
+        if params.structured_outputs is None:
+            return params
+        token_id = self.tokenizer.encode_mark(THINK_END)
+        structured = dataclasses.replace(params.structured_outputs, starts_after_token_id=token_id)
+        return dataclasses.replace(params, structured_outputs=structured)
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def _check(self, prompt: Prompt, params: SamplingParams, where: str) -> None:
         try:
             self._checker.check(prompt, params)
+            self._grammars.check(params.structured_outputs)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
 
@@ -399,6 +414,7 @@ class LLM:
     ) -> str:
         """Queue one prompt; its request id."""
         checked = self._checker.check(prompt, params)
+        self._grammars.check(params.structured_outputs)
         request_id = next(self._request_ids)
         children = self._processor.add_request(
             request_id, checked.text, checked.token_ids, params, time.monotonic(), is_streamed=is_streamed

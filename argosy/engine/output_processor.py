@@ -238,7 +238,7 @@ class _Completion:
         new_ids = delta.new_token_ids
         num_before = len(self.token_ids)
         # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
-        is_last_hidden = delta.finish_reason is FinishReason.STOP and not self._shows_stop_token
+        is_last_hidden = delta.finish_reason in (FinishReason.STOP, FinishReason.ERROR) and not self._shows_stop_token
         detokenizer.append(new_ids[:-1] if is_last_hidden else new_ids)
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         if finish_reason is not None:

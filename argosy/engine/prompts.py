@@ -37,6 +37,9 @@ class PromptChecker:
         self._check_length(len(token_ids))
         self._tokenizer.check_token_ids(params.stop_token_ids, "stop_token_ids")
         self._tokenizer.check_token_ids(tuple(params.logit_bias or ()), "logit_bias")
+        structured = params.structured_outputs
+        if structured is not None and structured.starts_after_token_id is not None:
+            self._tokenizer.check_token_ids([structured.starts_after_token_id], "starts_after_token_id")
         return CheckedPrompt(text, token_ids)
 
     def check_text_length(self, text: str) -> None:

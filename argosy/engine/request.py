@@ -24,6 +24,7 @@ class RequestStatus(Enum):
     FINISHED_STOPPED = "finished_stopped"
     FINISHED_LENGTH = "finished_length"
     FINISHED_ABORTED = "finished_aborted"
+    FINISHED_ERROR = "finished_error"
 
     @property
     def is_finished(self) -> bool:
@@ -38,6 +39,8 @@ class RequestStatus(Enum):
                 return RequestStatus.FINISHED_LENGTH
             case FinishReason.ABORT:
                 return RequestStatus.FINISHED_ABORTED
+            case FinishReason.ERROR:
+                return RequestStatus.FINISHED_ERROR
 
 
 class Request:
@@ -58,6 +61,7 @@ class Request:
         "check_at",
         "draft_token_ids",
         "eos_token_ids",
+        "failure",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -93,7 +97,9 @@ class Request:
         self.cache_salt = cache_salt
         self.all_token_ids = [*prompt_token_ids, *output_token_ids]  # prompt, then output
         self.num_prompt_tokens = len(prompt_token_ids)
-        ends = () if sampling_params.ignore_eos else eos_token_ids
+        # With a grammar the sampler gives an end that is to be ignored only where nothing else is left to say.
+        has_end = not sampling_params.ignore_eos or sampling_params.structured_outputs is not None
+        ends = eos_token_ids if has_end else ()
         self.stopping_token_ids = frozenset((*ends, *sampling_params.stop_token_ids))
 
         self.status = RequestStatus.WAITING
@@ -101,6 +107,7 @@ class Request:
         self.added_s = 0.0  # time.monotonic of add()
         self.queued_s = 0.0  # from add() to the first step
         self.max_total_tokens = 0  # prompt + output may not grow past this; known once added
+        self.failure: str | None = None  # why it cannot go on
         self.num_computed_tokens = 0  # by now or by a step in flight: where the next step goes on
         self.num_cached_tokens = 0  # found by prefix match when first admitted
         self.draft_token_ids: list[int] = []  # proposals that the next step verifies
@@ -185,16 +192,20 @@ class Request:
         is_last = self.num_computed_tokens + 1 >= self.max_total_tokens
         return is_last or (bool(self.draft_token_ids) and self.num_computed_tokens >= self.num_tokens)
 
-    def find_end(self) -> tuple[FinishReason | None, int | None]:
+    def find_end(self) -> tuple[FinishReason | None, int | str | None]:
         """Whether the last token ends the request, and which of ``stop_token_ids`` did (None for end-of-sequence).
 
-        No token stops before ``min_tokens`` output tokens came before it: the positions that the sampler masks. A token
-        that both stops and is the last allowed counts as a stop.
+        No token stops before ``min_tokens`` output tokens came before it: the positions that the sampler masks; only
+        the end of a grammar does. A token that both stops and is the last allowed counts as a stop.
         """
+        if self.failure is not None:
+            return FinishReason.ERROR, self.failure
         token_id, params = self.all_token_ids[-1], self.sampling_params
-        if token_id in self.stopping_token_ids and self.num_output_tokens > params.min_tokens:
-            is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-            return FinishReason.STOP, None if is_eos else token_id
+        if token_id in self.stopping_token_ids:
+            has_grammar = params.structured_outputs is not None
+            is_eos = token_id in self.eos_token_ids and (has_grammar or not params.ignore_eos)
+            if self.num_output_tokens > params.min_tokens or (is_eos and has_grammar):
+                return FinishReason.STOP, None if is_eos else token_id
         if self.num_tokens >= self.max_total_tokens:
             return FinishReason.LENGTH, None
         return None, None

@@ -170,6 +170,8 @@ class Scheduler:
         step = self._steps[0] if self._steps else PlannedStep(ScheduledBatch(-1))
         assert step.batch.step == batch.step, f"update() of step {batch.step} instead of step {step.batch.step}"
         deltas, self._ended_deltas = self._ended_deltas, []
+        for entry, message in output.failures.items():
+            step.requests[entry].failure = message
         self._apply_plain_decodes(step.requests[: step.num_plain_decodes], sampled, logprobs, deltas)
         for i in range(step.num_plain_decodes, len(step.requests)):
             if step.requests[i].status is RequestStatus.RUNNING:
@@ -354,7 +356,8 @@ class Scheduler:
 
         Slots of rejected drafts lie beyond ``num_computed_tokens``: the next step writes them again.
         """
-        finish_reason, stop_reason = None, None
+        finish_reason: FinishReason | None = None
+        stop_reason: int | str | None = None
         for count, token_id in enumerate(new_token_ids, start=1):
             request.all_token_ids.append(token_id)
             finish_reason, stop_reason = request.find_end()

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import tokenizers
 
+from argosy.grammar.compiler import Vocabulary
+from argosy.models.deepseek.encoding import DSML_TOKEN
+
 _LONG_CHARS = 1024  # a text that takes milliseconds
 _NO_NORMALIZER = ("", '{"type":"Sequence","normalizers":[]}')
 _KEEPING_SPLITTERS = {"Sequence", "Split", "Digits", "ByteLevel"}
@@ -114,6 +117,19 @@ class Tokenizer:
         """A number of tokens that ``text`` cannot have fewer than, without tokenizing it; 0 where nothing is known."""
         return -(-len(text) // self._max_token_bytes) if self._max_token_bytes else 0
 
+    def encode_mark(self, mark: str) -> int:
+        """The one token of a mark such as ``</think>``.
+
+        Raises:
+            ValueError: this tokenizer writes it with several.
+        """
+        token_ids = self.encode(mark)
+        if len(token_ids) != 1:
+            raise ValueError(
+                f"{mark} is {len(token_ids)} tokens of this tokenizer; a grammar can begin behind one only"
+            )
+        return token_ids[0]
+
     def encode_prompt(self, text: str) -> list[int]:
         """As ``encode``, for a plain prompt: begins with the bos token if ``adds_bos``, but never with two."""
         ids = self.encode(text)
@@ -144,6 +160,14 @@ class Tokenizer:
     def byte_table(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
         """The bytes of every token by id, empty for special tokens if these are skipped. Shared: do not change it."""
         return self._shown_bytes if skip_special_tokens else self._token_bytes
+
+    def vocabulary(self, eos_token_ids: tuple[int, ...] | None = None) -> Vocabulary:
+        """What grammars are followed in; ``eos_token_ids``: None = the tokenizer's."""
+        ends = self.eos_token_ids if eos_token_ids is None else eos_token_ids
+        # The mark of tool calls is text here, whatever a tokenizer.json says of it: grammars of calls spell it.
+        mark = DSML_TOKEN.encode()
+        special = [each for each in sorted(self.special_token_ids) if self._token_bytes[each] != mark]
+        return Vocabulary(self._token_bytes, special, ends, self.encode)
 
     def check_token_ids(self, token_ids: Sequence[object], name: str = "token_ids") -> None:
         """Raises ValueError, naming the first that is bad, unless every id is an integer in [0, vocab_size)."""

@@ -38,6 +38,7 @@ class PendingTokens:
     token_ids: HostCopy
     logprobs: SampledLogprobs | None
     logprob_copies: tuple[HostCopy, HostCopy] | None  # of its ids and values
+    failures: dict[int, str]  # of the sampled rows, those whose request cannot go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class ModelRunner:
         self._prompt_logprobs = PromptLogprobs(
             row_table, num_valid_tokens=sampler.num_valid_tokens, platform=platform, device=device
         )
+        self._last_tokens: PendingTokens | None = None  # of the step that was started last
 
     @property
     def num_replays(self) -> int:
@@ -120,7 +122,13 @@ class ModelRunner:
             return self.model.compute_logits(self.model.take_rows(hidden_states, rows, num_tokens))
 
         prompt_logprobs = self._prompt_logprobs.start(batch, compute_logits)
-        tokens = self._sample(built, compute_logits(built.forward.logits_indices)) if built.sampled.size else None
+        tokens = None
+        if built.sampled.size:
+            logits = compute_logits(built.forward.logits_indices)
+            if self._sampler.has_grammar(built.sampled_rows):
+                self._learn_last_tokens(built.sampled_rows)
+            tokens = self._sample(built, logits)
+        self._last_tokens = tokens
         return StepInFlight(len(batch.rows), tokens, prompt_logprobs)
 
     def finish(self, step: StepInFlight) -> StepOutput:
@@ -138,7 +146,10 @@ class ModelRunner:
         sampled_token_ids = token_ids[:, None].tolist()
         if len(tokens.sampled) < step.num_rows:
             sampled_token_ids = _spread(step.num_rows, tokens.sampled, sampled_token_ids)
-        return StepOutput(sampled_token_ids=sampled_token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        failures = {int(tokens.sampled[line]): message for line, message in tokens.failures.items()}
+        return StepOutput(
+            sampled_token_ids=sampled_token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs, failures=failures
+        )
 
     @torch.inference_mode()
     def execute_dummy(self, exchange: ExchangePlan, recording: RecordingKey | None = None) -> None:
@@ -162,6 +173,16 @@ class ModelRunner:
         assert self.graphs is not None, f"{recording} was agreed on, and this rank has no recordings"
         return self.graphs.run(batch, recording), recording.size
 
+    def _learn_last_tokens(self, rows: np.ndarray) -> None:
+        """What the step in flight sampled, before ``finish`` says it: a grammar must know the token before.
+
+        NOTE(sync): waits for that step. The device goes on meanwhile: this step's forward pass is in its queue already,
+        and the masks are made while it runs.
+        """
+        tokens = self._last_tokens
+        if tokens is not None and (self._table.num_known_tokens[rows] < self._table.num_tokens[rows]).any():
+            self._table.learn(tokens.rows, tokens.positions, tokens.token_ids.wait().numpy())
+
     def _sample(self, built: BuiltBatch, logits: torch.Tensor) -> PendingTokens:
         last_token_ids = self._builder.last_token_ids
         sampled = self._sampler.sample(logits, built.sampled_rows, self._table, last_token_ids)
@@ -174,6 +195,7 @@ class ModelRunner:
             token_ids=copy(sampled.token_ids),
             logprobs=logprobs,
             logprob_copies=None if logprobs is None else (copy(logprobs.ids), copy(logprobs.values)),
+            failures=sampled.failures,
         )
 
 

@@ -2,20 +2,21 @@
 
 Settings live in host tables indexed by row, so a step costs no loop over requests; a batch in which every row is greedy
 and plain is one argmax. It keeps no random state (``random_stream.py``) and no token ids (see ``TokenHistory``).
-Order of the steps: logit bias, min_tokens mask, penalties, temperature, min-p, top-k, top-p, draw. Invariant: the token
-of a row depends on its logits, its settings, its key and its history alone.
+Order of the steps: logit bias, min_tokens mask, penalties, grammar mask, temperature, min-p, top-k, top-p, draw.
+Invariant: the token of a row depends on its logits, its settings, its key and its history alone.
 
 Shape letters: N rows to sample, M rows that need a step, V valid tokens.
 """
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from argosy.grammar.grammar_table import GrammarTable
 from argosy.messages import AdmittedRequest
 from argosy.runner import sampling_ops
 from argosy.runner.logprobs import SampledLogprobs
@@ -51,6 +52,7 @@ class SampledTokens:
 
     token_ids: torch.Tensor  # [N] int64, on the device of the logits
     logprobs: SampledLogprobs | None  # on the device too; None if no row asked
+    failures: dict[int, str] = field(default_factory=dict)  # line -> why its request cannot go on; its token is an end
 
 
 class _Needs(enum.IntFlag):
@@ -63,6 +65,7 @@ class _Needs(enum.IntFlag):
     MIN_TOKENS = 16
     PENALTIES = 32
     LOGPROBS = 64
+    GRAMMAR = 128
 
 
 class Sampler:
@@ -72,10 +75,18 @@ class Sampler:
         vocab_size: width of the logits.
         num_valid_tokens: entries of the tokenizer; logits from there on are padding and can never be chosen.
         engine_seed: seeds requests that bring no seed.
+        grammars: of the rows that have one; None refuses such requests, for tests.
     """
 
     def __init__(
-        self, *, vocab_size: int, num_valid_tokens: int, max_num_seqs: int, device: torch.device, engine_seed: int
+        self,
+        *,
+        vocab_size: int,
+        num_valid_tokens: int,
+        max_num_seqs: int,
+        device: torch.device,
+        engine_seed: int,
+        grammars: GrammarTable | None = None,
     ) -> None:
         if not 1 <= num_valid_tokens <= vocab_size:
             raise ValueError(
@@ -86,6 +97,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._engine_seed = engine_seed
+        self._grammars = grammars
         self._needs = np.zeros(max_num_seqs, dtype=np.uint8)
         self._key = np.zeros(max_num_seqs, dtype=np.uint64)
         self._temperature = np.ones(max_num_seqs, dtype=np.float32)
@@ -122,6 +134,7 @@ class Sampler:
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         # A stop id beyond the tokenizer is never sampled, so it needs no mask.
         self._stop_ids[row] = np.array([i for i in sorted(stop_ids) if i < self.num_valid_tokens], dtype=np.int64)
+        self._admit_grammar(row, request)
         self._needs[row] = _find_needs(params, cuts_top_k=bool(self._top_k[row] < self.num_valid_tokens))
 
     def sample(
@@ -145,11 +158,47 @@ class Sampler:
             return SampledTokens(sampling_ops.argmax(scores), None)
         raw = scores.float()
         adjusted = self._adjust(raw, rows, line_needs, history, last_token_ids)
+        failures: dict[int, str] = {}
+        if needs & _Needs.GRAMMAR:
+            adjusted, failures = self._mask_by_grammar(adjusted, raw, rows, line_needs, history)
         token_ids = sampling_ops.argmax(adjusted)
         if needs & _Needs.DRAW:
             self._draw_into(token_ids, adjusted, rows, line_needs, history)
         logprobs = self._logprobs(raw, token_ids, rows, line_needs) if needs & _Needs.LOGPROBS else None
-        return SampledTokens(token_ids, logprobs)
+        return SampledTokens(token_ids, logprobs, failures)
+
+    def has_grammar(self, rows: np.ndarray) -> bool:
+        """Whether some of them have one: then ``sample`` must know all their tokens."""
+        return bool((self._needs[rows] & _Needs.GRAMMAR).any())
+
+    def _admit_grammar(self, row: int, request: AdmittedRequest) -> None:
+        if request.sampling_params.structured_outputs is not None:
+            assert self._grammars is not None, "this sampler was built without grammars"
+            self._grammars.admit(row, request.sampling_params, self._stop_ids[row])
+        elif self._grammars is not None:
+            self._grammars.forget(row)
+
+    def _mask_by_grammar(
+        self,
+        scores: torch.Tensor,
+        raw: torch.Tensor,
+        rows: np.ndarray,
+        line_needs: np.ndarray,
+        history: TokenHistory,
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        """``scores`` with what the grammars forbid masked, on a copy where it is ``raw``; and which lines failed."""
+        assert self._grammars is not None
+        lines = np.flatnonzero(line_needs & _Needs.GRAMMAR)
+        grammar_rows = rows[lines]
+        assert (history.num_known_tokens[grammar_rows] == history.num_tokens[grammar_rows]).all(), "unknown tokens"
+        masks = self._grammars.fill(grammar_rows, history)
+        if scores is raw:
+            scores = raw.clone()
+        index = self._send(lines)
+        part = scores[index]
+        sampling_ops.mask_outside_words(part, self._send(masks.words))
+        scores[index] = part
+        return scores, {int(lines[i]): message for i, message in masks.failures.items()}
 
     def _set_key(self, row: int, request: AdmittedRequest) -> None:
         """Kept with the request, not the row: a request that was preempted goes on in the same stream."""
@@ -169,7 +218,9 @@ class Sampler:
         """Bias, min_tokens mask and penalties on a copy; ``raw`` itself if no row needs them."""
         num_output_tokens = history.num_tokens[rows] - history.num_prompt_tokens[rows]
         biased = np.flatnonzero(line_needs & _Needs.BIAS)
-        too_short = np.flatnonzero((line_needs & _Needs.MIN_TOKENS > 0) & (num_output_tokens < self._min_tokens[rows]))
+        # Where there is a grammar, it is the one to hold back ends.
+        is_short = (line_needs & _Needs.MIN_TOKENS > 0) & (line_needs & _Needs.GRAMMAR == 0)
+        too_short = np.flatnonzero(is_short & (num_output_tokens < self._min_tokens[rows]))
         penalised = np.flatnonzero(line_needs & _Needs.PENALTIES)
         if not (biased.size or too_short.size or penalised.size):
             return raw
@@ -246,7 +297,7 @@ class Sampler:
     def _logprobs(
         self, raw: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray, line_needs: np.ndarray
     ) -> SampledLogprobs:
-        """Of the model's own distribution, before bias, penalties and temperature, over the valid tokens."""
+        """Of the model's own distribution, before bias, penalties, grammar and temperature, over the valid tokens."""
         lines = np.flatnonzero(line_needs & _Needs.LOGPROBS)
         num_top = np.minimum(self._num_logprobs[rows[lines]], self.num_valid_tokens)
         index = self._send(lines)
@@ -267,6 +318,7 @@ def _find_needs(params: SamplingParams, *, cuts_top_k: bool) -> int:
         _Needs.MIN_TOKENS: params.min_tokens > 0,
         _Needs.PENALTIES: params.needs_penalties,
         _Needs.LOGPROBS: params.logprobs is not None,
+        _Needs.GRAMMAR: params.structured_outputs is not None,
     }
     return sum(need for need, is_wanted in wanted.items() if is_wanted)
 

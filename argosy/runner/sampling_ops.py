@@ -20,6 +20,16 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return argmax_rows(scores)
 
 
+def mask_outside_words(scores: torch.Tensor, words: torch.Tensor) -> None:
+    """Mask, in place, the tokens of ``scores: [M, V]`` whose bit in ``words: [M, W]`` int32 is 0.
+
+    Bit i of word w stands for token 32 w + i; bits behind token V are not read.
+    """
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = ((words[:, :, None] >> places) & 1).flatten(1)  # [M, 32 W]
+    scores.masked_fill_(bits[:, : scores.shape[1]] == 0, -torch.inf)
+
+
 def penalize(
     scores: torch.Tensor,
     all_counts: torch.Tensor,

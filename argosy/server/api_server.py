@@ -4,6 +4,7 @@ Invariant: a handler that has opened a feed closes it, whatever happens.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
@@ -16,7 +17,7 @@ from starlette.responses import Response
 
 from argosy.engine.prompts import CheckedPrompt, PromptChecker
 from argosy.engine.tokenizer import Tokenizer
-from argosy.models.deepseek.encoding import encode_messages
+from argosy.models.deepseek.encoding import THINK_END, encode_messages
 from argosy.sampling_params import SamplingParams
 from argosy.server.api_description import description_of
 from argosy.server.chat import ChatAnswer
@@ -25,6 +26,7 @@ from argosy.server.console import add_console
 from argosy.server.deployment import Deployment, EngineSource, ServerView, describe_deployment
 from argosy.server.errors import ApiError, overloaded
 from argosy.server.gate import Gate
+from argosy.server.grammar_door import Grammars
 from argosy.server.json_body import JsonRoute, shorten
 from argosy.server.logprobs import check_num_prompt_logprobs, token_text
 from argosy.server.logs import log_answer, logger
@@ -44,6 +46,7 @@ from argosy.server.replica_choice import HEADER as REPLICA_HEADER
 from argosy.server.replica_choice import choose_replica
 from argosy.server.settings import ServerConfig
 from argosy.server.streaming import CLIENT_GONE_STATUS, EventStream, as_json, run_until_disconnect
+from argosy.server.structured import Constraint
 from argosy.server.text_work import TextWork
 
 
@@ -62,6 +65,7 @@ class Service:
         tokenizer: Tokenizer,
         board: RequestBoard,
         metrics: ServerMetrics,
+        grammars: Grammars,
         *,
         model_names: tuple[str, ...],
         version: str,
@@ -72,6 +76,7 @@ class Service:
         self.tokenizer = tokenizer
         self.board = board
         self.metrics = metrics
+        self._grammars = grammars
         self.model_names = model_names
         self.version = version
         self.started_s = int(time.time())
@@ -124,6 +129,22 @@ class Service:
             404, f"the model {name!r} is not served; use {self.model_names[0]!r}", param="model", code="model_not_found"
         )
 
+    async def constrain(
+        self, params: SamplingParams, constraint: Constraint | None, *, thinking: bool = False
+    ) -> SamplingParams:
+        """``params`` with the grammar, which compiles. With ``thinking`` it holds for what follows the reasoning."""
+        if constraint is None:
+            return params
+        await self._grammars.check(constraint.structured, constraint.param)
+        structured = constraint.structured
+        if thinking:
+            try:
+                start_id = self.tokenizer.encode_mark(THINK_END)
+            except ValueError as error:
+                raise ApiError(400, str(error), param=constraint.param) from error
+            structured = dataclasses.replace(structured, starts_after_token_id=start_id)
+        return dataclasses.replace(params, structured_outputs=structured)
+
     async def check_prompts(
         self, prompts: Sequence[str | list[int]], params: SamplingParams, param: str
     ) -> list[CheckedPrompt]:
@@ -148,13 +169,17 @@ class Service:
         if isinstance(request, ChatRequest):
             self._check_room(request.n)
         tools = request.active_tools if isinstance(request, ChatRequest) else request.tools
+        schema = request.schema_to_tell if isinstance(request, ChatRequest) else None
         try:
-            text = encode_messages(request.messages or [], thinking=thinking, tools=tools or None)
+            text = encode_messages(
+                request.messages or [], thinking=thinking, tools=tools or None, response_format=schema
+            )
             if self._checker is not None:
                 self._checker.check_text_length(text)
             return await self.text_work.run(len(text), lambda: self.tokenizer.encode(text))
         except ValueError as error:
-            param = "tools" if str(error).startswith("tools") else "messages"
+            first_word = str(error).split(" ", 1)[0].split("[")[0]
+            param = first_word if first_word in ("tools", "response_format") else "messages"
             raise ApiError(400, str(error), param=param, code=_code_of(error)) from error
 
     def _check_room(self, num_new: int) -> None:
@@ -239,6 +264,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         model = service.check_model(body.model)
         params = body.to_params()
         prompts = await service.check_prompts(body.prompts, params, "prompt")
+        params = await service.constrain(params, body.constraint)
         feed, request_id = service.open_feed(http, body, prompts, params)
         answer = CompletionAnswer(body, prompts, service.tokenizer, answer_id=request_id, model=model)
         return await service.respond(http, body, feed, answer)
@@ -248,6 +274,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         model = service.check_model(body.model)
         params = body.to_params()
         prompts = await service.check_prompts([await service.encode_chat(body, body.is_thinking)], params, "messages")
+        params = await service.constrain(params, body.constraint, thinking=body.is_thinking)
         feed, request_id = service.open_feed(http, body, prompts, params)
         answer = ChatAnswer(body, len(prompts[0].token_ids), service.tokenizer, answer_id=request_id, model=model)
         return await service.respond(http, body, feed, answer)
@@ -257,6 +284,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         params = body.to_params()
         prompts = await service.check_prompts([body.prompt_token_ids], params, "prompt_token_ids")
+        params = await service.constrain(params, body.constraint)
         feed, request_id = service.open_feed(http, body, prompts, params)
         return await service.respond(http, body, feed, GenerateAnswer(body, answer_id=request_id))
 

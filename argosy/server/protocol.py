@@ -20,6 +20,13 @@ from argosy.sampling_params import (
 )
 from argosy.server.errors import ApiError
 from argosy.server.json_body import shorten
+from argosy.server.structured import (
+    Constraint,
+    Wishes,
+    choose_constraint,
+    describe_response_format,
+    read_structured_outputs,
+)
 
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 1024  # in one request
@@ -53,6 +60,21 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False  # usage in every chunk
 
 
+class StructuredOutputs(Body):
+    """vLLM's name and fields; exactly one."""
+
+    json_: dict[str, object] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None  # llguidance's dialect of Lark
+    json_object: Literal[True] | None = None
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Those given."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
 class Sampling(Body):
     """What both kinds of completions share."""
 
@@ -74,6 +96,7 @@ class Sampling(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # of the prompt, with alternatives
+    structured_outputs: StructuredOutputs | None = None  # what the output must match
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False  # choices carry token_ids, and the answer the prompt's
@@ -94,6 +117,11 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The grammar of the output, not compiled yet."""
+        return read_structured_outputs(None if self.structured_outputs is None else self.structured_outputs.fields)
 
     def _params(
         self,
@@ -204,7 +232,20 @@ class JsonSchema(Body):
 
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchema | None = None  # strict or not, its schema is obeyed
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        if self.type == "json_schema" and schema is None:
+            raise ValueError("type json_schema needs json_schema.schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema needs type json_schema, not {self.type}")
+        return self
+
+    @property
+    def schema_to_obey(self) -> Mapping[str, object] | None:
+        return describe_response_format(self.type, None if self.json_schema is None else self.json_schema.schema_)
 
 
 class TemplateKwargs(Body):
@@ -233,8 +274,8 @@ class ChatRequest(Sampling):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, object]], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None  # None = auto if there are tools
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None  # None = auto if there are tools
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs = TemplateKwargs()
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None  # none = no reasoning; else: reason
@@ -245,10 +286,9 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens contradict each other; give one")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.tool_choice == "auto" and not self.tools:
-            raise ValueError("tool_choice auto needs tools")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("response_format is not supported beyond type text")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            name = self.tool_choice if isinstance(self.tool_choice, str) else "of a function"
+            raise ValueError(f"tool_choice {name} needs tools")
         return self
 
     @property
@@ -258,6 +298,31 @@ class ChatRequest(Sampling):
     @property
     def active_tools(self) -> list[dict[str, object]] | None:
         return self.tools if self.tools and self.tool_choice != "none" else None
+
+    @property
+    def response_schema(self) -> Mapping[str, object] | None:
+        """What the answer must be; None = text."""
+        return None if self.response_format is None else self.response_format.schema_to_obey
+
+    @property
+    def schema_to_tell(self) -> Mapping[str, object] | None:
+        """Of response_format's json_schema: V3.2's encoding has a place for it in the prompt."""
+        is_schema = self.response_format is not None and self.response_format.type == "json_schema"
+        return self.response_schema if is_schema else None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        choice = self.tool_choice
+        return choose_constraint(
+            Wishes(
+                structured_outputs=None if self.structured_outputs is None else self.structured_outputs.fields,
+                response_schema=self.response_schema,
+                tools=self.active_tools,
+                must_call=choice == "required" or isinstance(choice, ToolChoice),
+                function_name=choice.function.name if isinstance(choice, ToolChoice) else None,
+                is_parallel=self.parallel_tool_calls is not False,
+            )
+        )
 
     def to_params(self) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -317,7 +382,10 @@ def describe_validation(errors: list[Mapping[str, object]]) -> ApiError:
         return ApiError(400, f"the field {param} is not known; leave it out", param=param, code="unknown_field")
     messages = dict.fromkeys(str(error["msg"]).removeprefix("Value error, ") for error in same)
     text = "; or: ".join(messages)
-    return ApiError(400, f"{param}: {text}" if param else text, param=param)
+    if param is None:  # two fields that contradict each other: the text begins with one of them
+        first_word = text.split(" ", 1)[0]
+        return ApiError(400, text, param=first_word if first_word in _FIELD_NAMES else None)
+    return ApiError(400, f"{param}: {text}", param=param)
 
 
 def _name_of(error: Mapping[str, object]) -> str | None:
@@ -330,6 +398,6 @@ def _name_of(error: Mapping[str, object]) -> str | None:
 
 _BODIES: tuple[type[Body], ...] = (
     *(CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequestsRequest),
-    *(StreamOptions, ToolChoice, FunctionChoice, ResponseFormat, JsonSchema, TemplateKwargs),
+    *(StreamOptions, StructuredOutputs, ToolChoice, FunctionChoice, ResponseFormat, JsonSchema, TemplateKwargs),
 )
 _FIELD_NAMES = frozenset(name for body in _BODIES for name in body.model_fields)

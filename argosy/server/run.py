@@ -24,6 +24,7 @@ from argosy.server.engine_metrics import EngineMetrics
 from argosy.server.engine_pool import EnginePool
 from argosy.server.engine_seat import PoolSettings, StartProcess
 from argosy.server.errors import ApiError
+from argosy.server.grammar_door import GrammarDoor
 from argosy.server.logs import logger, set_up
 from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import RequestBoard
@@ -72,11 +73,15 @@ def serve(
     """
     ParallelLayout(dp_size=config.dp_size, tp_size=config.tp_size, ep_size=config.ep_size)  # refuses what cannot be
     directory = resolve_model_directory(config.model)
-    tokenizer = Tokenizer.from_directory(Path(config.tokenizer).expanduser() if config.tokenizer else directory)
+    tokenizer_directory = Path(config.tokenizer).expanduser() if config.tokenizer else directory
+    tokenizer = Tokenizer.from_directory(tokenizer_directory)
+    grammars = GrammarDoor(tokenizer_directory, settings.grammar_timeout_s)
     set_up(settings.log_level)
     allow_connections(settings.max_connections * (config.dp_size if settings.data_parallel_external_lb else 1))
     with _open_endpoints(settings, config.dp_size) as endpoints:
-        return asyncio.run(_serve(config, settings, tokenizer, endpoints, version, say, on_progress, start_process))
+        return asyncio.run(
+            _serve(config, settings, tokenizer, grammars, endpoints, version, say, on_progress, start_process)
+        )
 
 
 @contextlib.contextmanager
@@ -103,6 +108,7 @@ async def _serve(
     config: EngineConfig,
     settings: ServerConfig,
     tokenizer: Tokenizer,
+    grammars: GrammarDoor,
     endpoints: list[Endpoint],
     version: str,
     say: Say,
@@ -119,6 +125,7 @@ async def _serve(
         tokenizer,
         board,
         metrics,
+        grammars,
         model_names=names,
         version=version,
         describe_health=lambda: _describe_problem(pool),
@@ -160,6 +167,7 @@ async def _serve(
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+        await grammars.aclose()
         if pool is not None:
             await pool.aclose(CLOSE_S)
         await spares.aclose()

@@ -33,6 +33,7 @@ class ServerConfig:
     body_timeout_s: float = 60.0  # and so long, after these, for the body
     request_timeout_s: float = 3600.0  # from arrival to the last token; a request may ask for less with "timeout"
     shutdown_timeout_s: float = 60.0  # after SIGTERM unfinished requests may take this long
+    grammar_timeout_s: float = 2.0  # a schema or grammar that takes longer to compile is refused
     stuck_after_s: float = 60.0  # an engine with work that says nothing for so long is started again
     spare_engines: int | None = None  # processes with their imports done, for fast restarts; None = 1 if memory allows
     data_parallel_external_lb: bool = False  # one port a replica, from --port on: a balancer outside chooses
@@ -65,7 +66,8 @@ class ServerConfig:
             raise ValueError(
                 f"max_connections must be an integer >= 1, got {self.max_connections!r}; set --max-connections"
             )
-        for name in ("head_timeout_s", "body_timeout_s", "request_timeout_s", "shutdown_timeout_s", "stuck_after_s"):
+        times = "head_timeout_s", "body_timeout_s", "grammar_timeout_s"
+        for name in (*times, "request_timeout_s", "shutdown_timeout_s", "stuck_after_s"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(
                     f"{name} must be a number of seconds > 0, got {getattr(self, name)!r}; "

@@ -13,6 +13,7 @@ from argosy import LLM, RequestOutput, SamplingParams
 from argosy.distributed.expert_load import merge_local_counts
 from argosy.engine.generation import Result
 from argosy.engine.replica_client import ReplicasClient
+from argosy.sampling_params import StructuredOutputsParams
 from tests.helpers.tolerance import FP32_LOGITS_ATOL
 
 NUM_TOKENS = 8
@@ -117,6 +118,21 @@ def test_seeded_sampling_is_that_of_one_rank(llm: LLM, one_rank: LLM) -> None:
     first, expected = (each.generate([_prompts()[1]], params)[0] for each in (llm, one_rank))
     assert isinstance(first, RequestOutput) and isinstance(expected, RequestOutput)
     assert [output.token_ids for output in first.outputs] == [output.token_ids for output in expected.outputs]
+
+
+def test_grammars_are_followed_on_every_rank_as_on_one(llm: LLM, one_rank: LLM) -> None:
+    """One step at a time and overlapped; a free request beside them."""
+    forms = [{"regex": "[0-9]{3,9}-[a-c]{4}"}, {"choice": ("yes", "not at all")}, {"grammar": 'start: "(" start ")" | "x"'}]
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=20, structured_outputs=StructuredOutputsParams(**form))
+        for i, form in enumerate(forms)
+    ]
+    params += [GREEDY, dataclasses.replace(params[0], temperature=0.0, repetition_penalty=1.3)]
+    expected = _ends(one_rank.generate(_prompts(), params))
+    assert {end for _, end, _ in expected} == {"length", "stop"}
+    for is_async in (True, False):
+        llm.update_settings(ep_mode="auto", async_scheduling=is_async)
+        assert _ends(llm.generate(_prompts(), params)) == expected
 
 
 def test_an_idle_replica_takes_dummy_steps_and_counts_them(llm: LLM) -> None:

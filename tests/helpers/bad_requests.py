@@ -87,14 +87,22 @@ def chat_values() -> dict[str, list[object]]:
             *([{"name": "f"}], [{"type": "function", "function": None}], [{"function": {"name": "\ud800"}}]),
         ],
         "tool_choice": ["required", "any", 1, True, [], {}, {"type": "function"}, {"type": "function", "function": {}}],
-        "response_format": [1, "text", [], {}, {"type": "xml"}, {"type": 1}, {"type": "text", "other": 1}],
+        "response_format": [
+            *(1, "text", [], {}, {"type": "xml"}, {"type": 1}, {"type": "text", "other": 1}, {"type": "json_schema"}),
+            {"type": "text", "json_schema": {"schema": {}}},
+            {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+        ],
+        "structured_outputs": [
+            *(1, "a", [], {}, {"regex": "(("}, {"regex": "a", "choice": ["a"]}, {"structural_tag": "a"}),
+            *({"choice": [""]}, {"choice": []}, {"json": "a" * 300_000}, {"grammar": "no grammar"}),
+        ],
         "chat_template_kwargs": [1, [], {"tokenize": False}, {"thinking": 1}, {"thinking": "yes"}, {"add_bos": False}],
         "reasoning_effort": ["enormous", 1, True, [], {}],
         "max_tokens": [0, -1, "5", 1.5, True, *HUGE],
         "max_completion_tokens": [0, -1, "5", 1.5, True, *HUGE],
         "logprobs": [1, "true", [], {}],
         "top_logprobs": [-1, 21, "1", True, 10**30],
-        "parallel_tool_calls": [False, "no", []],
+        "parallel_tool_calls": ["no", []],
     }
 
 

@@ -15,6 +15,7 @@ from argosy.server.metrics import ServerMetrics
 from argosy.server.outputs import RequestBoard
 from argosy.server.settings import ServerConfig
 from tests.helpers.fake_pool import FakePool
+from tests.helpers.grammars import InstantGrammars
 
 MODEL = "argosy-tiny"
 ASSETS = Path(argosy.__file__).parent / "assets" / MODEL
@@ -59,6 +60,7 @@ def _build_stand(tokenizer: Tokenizer, text: str = "It is 42.", **settings: obje
         tokenizer,
         board,
         metrics,
+        InstantGrammars(tokenizer),
         model_names=(MODEL,),
         version="1.2.3",
         describe_health=lambda: None,

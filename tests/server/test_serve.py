@@ -161,6 +161,33 @@ def test_the_openai_sdk(served: Served) -> None:
         client.chat.completions.create(model="other", messages=messages)
 
 
+def test_the_openai_sdk_with_grammars(served: Served) -> None:
+    client = served.client()
+    messages = [{"role": "user", "content": QUESTIONS[0]}]
+    parameters = {"type": "object", "properties": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}}}
+    schema = parameters | {"required": ["digit"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    options = {"model": "argosy-tiny", "messages": messages, "max_tokens": 200}
+    chat = client.chat.completions.create(response_format=wanted, **options)
+    assert chat.choices[0].finish_reason == "stop"
+    assert json.loads(chat.choices[0].message.content)["digit"] in range(10)
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": schema}}]
+    one_call = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False} | options
+    choice = client.chat.completions.create(**one_call).choices[0]
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "look_up" and json.loads(call.function.arguments)["digit"] in range(10)
+    chunks = list(client.chat.completions.create(stream=True, **one_call))
+    streamed = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or ()]
+    assert json.loads(streamed[0].function.arguments)["digit"] in range(10)
+    bomb = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(8000)}}
+    started_s = time.monotonic()
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(extra_body={"structured_outputs": {"json": bomb}}, **options)
+    assert refused.value.param == "structured_outputs" and time.monotonic() - started_s < 20
+    assert client.chat.completions.create(response_format=wanted, **options).choices[0].finish_reason == "stop"
+
+
 def test_clients_that_leave_free_their_blocks(served: Served) -> None:
     body = {"prompt": "1 2 3", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     for _ in range(4):

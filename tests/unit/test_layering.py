@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"server"}), frozenset({"validation"}), frozenset({"loadtest"})),
     (frozenset({"engine"}),),
     (frozenset({"runner"}), frozenset({"disagg"})),
+    (frozenset({"grammar"}),),
     (frozenset({"models"}),),
     (frozenset({"layers", "quantization", "cache"}),),
     (frozenset({"kernels"}), frozenset({"distributed"})),
@@ -78,6 +79,7 @@ RESERVED: Mapping[str, tuple[str, ...]] = {
     "triton": ("argosy.kernels",),
     "transformers": ("argosy.validation",),
     "zmq": ("argosy.engine.wire",),
+    "llguidance": ("argosy.grammar",),
     # Code that runs what a file or a peer sends: nowhere.
     "pickle": (),
     "marshal": (),
@@ -86,12 +88,14 @@ RESERVED: Mapping[str, tuple[str, ...]] = {
     "yaml": (),
 }
 # Imports inside functions: the command line (a fast start), the front door, and what needs an optional package.
-# An engine process says that it lives before it imports torch, and a node's program begins its fork server.
+# An engine process says that it lives before it imports torch, and a node's program begins its fork server; who uses no
+# grammar does not load llguidance.
 LAZY_IMPORTERS = (
     "argosy.cli",
     "argosy.validation",
     "argosy.platforms",
     "argosy.kernels",
+    "argosy.grammar",
     "argosy.server.engine_process",
     "argosy.server.node_process",
 )

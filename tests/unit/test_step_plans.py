@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from argosy.config import CacheDTypes
 from argosy.distributed.ep_dispatch import build_dispatcher
 from argosy.distributed.ep_types import ExchangeMode, ExchangePlan
 from argosy.models.deepseek.config import ModelConfig, parse_model_config
@@ -164,14 +165,17 @@ def test_names_of_modules_are_parts_of_the_model() -> None:
 @pytest.mark.parametrize(("batch_size", "us"), [(1, 1010), (4, 1717), (16, 3972), (64, 7914), (256, 10182)])
 def test_decode_floors_are_near_those_of_the_plan(batch_size: int, us: float) -> None:
     experts = ExpertSizes(num_rows=8 * batch_size, num_hit=256 * (1 - (1 - 8 / 256) ** batch_size))
-    cache = CacheSizes.of(config(), "int8")
+    cache = CacheSizes.of(config(), CacheDTypes(latent="int8", index_key="int8"))
     floors = floors_us(config(), StepSizes.decode(config(), batch_size, 4096), experts, cache, "w8a8")
     assert sum(floors.values()) == pytest.approx(us, rel=0.08)
 
 
 def test_prefill_floors_of_a_layer_are_near_those_of_the_plan() -> None:
     one = config(1, 0)
-    cache, experts = CacheSizes.of(one, "int8"), ExpertSizes(num_rows=8 * 4096, num_hit=16)
+    cache, experts = (
+        CacheSizes.of(one, CacheDTypes(latent="int8", index_key="int8")),
+        ExpertSizes(num_rows=8 * 4096, num_hit=16),
+    )
     floors = floors_us(one, StepSizes.prefill(one, 0, 4096), experts, cache, "w8a8")
     expected = {
         "attention projections": 91 + 227 + 320 + 705,
