@@ -21,6 +21,7 @@ from argosy.server.outputs import RequestBoard
 from argosy.server.run import Endpoint, build_server
 from argosy.server.settings import ServerConfig
 from tests.helpers.fake_pool import FakePool
+from tests.helpers.grammars import InstantGrammars
 
 MODEL = "argosy-tiny"
 ASSETS = Path(argosy.__file__).parent / "assets" / MODEL
@@ -54,6 +55,7 @@ def build_service(tokenizer: Tokenizer, text: str = "It is 42.", **settings: obj
         tokenizer,
         board,
         metrics,
+        InstantGrammars(tokenizer),
         model_names=(MODEL,),
         version="1.2.3",
         describe_health=lambda: None,
