@@ -161,7 +161,7 @@ def test_a_stopped_engine_is_found_and_replaced(
     runner.run(run())
     check(user, expected)
     (text,) = [record.getMessage() for record in caplog.records if "is lost" in record.getMessage()]
-    assert "engine 1 (pid " in text and "(it is stopped by a signal) made no progress with its requests for" in text
+    assert "engine 1 (pid " in text and "is stopped by a signal" in text  # no progress, or stopped: both at 3 s
     assert "last heard" in text and "requests running" in text
 
 
