@@ -292,7 +292,7 @@ class EngineSeat:
                 stopped = StoppedProcesses(self._process.pid)
             tick_s = now_s
             if (complaint := stopped.complain(now_s, self._settings.stuck_after_s)) is not None:
-                self.end(f"engine {self.index} (pid {self._process.pid}): {complaint}")
+                self._give_up_on_it(f": {complaint}", now_s)
             self._check_silence(now_s)
 
     def _check_silence(self, now_s: float) -> None:
@@ -301,9 +301,13 @@ class EngineSeat:
         if now_s - since_s <= limit_s:
             return
         stopped = " (it is stopped by a signal)" if is_stopped(self._process.pid) else ""
+        self._give_up_on_it(f"{stopped} {what} for {now_s - since_s:.1f} s, at most {limit_s:g} s are allowed", now_s)
+
+    def _give_up_on_it(self, why: str, now_s: float) -> None:
+        assert self._process is not None
         self.end(
-            f"engine {self.index} (pid {self._process.pid}){stopped} {what} for {now_s - since_s:.1f} s, at most "
-            f"{limit_s:g} s are allowed; last heard {now_s - self._heard_s:.1f} s ago: {self._describe_last()}"
+            f"engine {self.index} (pid {self._process.pid}){why}; "
+            f"last heard {now_s - self._heard_s:.1f} s ago: {self._describe_last()}"
         )
 
     def _patience(self) -> tuple[float, float, str]:
