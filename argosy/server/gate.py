@@ -59,7 +59,8 @@ class Gate:
                 return  # the application's own words about a body that it could not read
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                if isinstance(error, UnsafeRequestError):
+                # What is left of a body that was given up would be read for nothing.
+                if isinstance(error, UnsafeRequestError) or body.error is not None:
                     message["headers"].append((b"connection", b"close"))
                 duration_s = time.monotonic() - started_s
                 self._on_answer(scope["method"], scope["path"], message["status"], request_id, duration_s)

@@ -169,9 +169,9 @@ def test_large_bodies_and_headers(server: SocketServer) -> None:
     assert status_of(exchange(server, ROUTE + closing + b"A: " + b"a" * 5000 + b"\r\n\r\n")) == 431
     chunked = ROUTE + b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b" " * 1024 + b"\r\n"
     chunks = [b"400\r\n" + b" " * 1024 + b"\r\n"] * 8
-    assert (
-        status_of(exchange(server, chunked, *chunks)) == 413
-    )  # which closes, for what follows would be read for nothing
+    # It closes, for what follows would be read for nothing; now and then a reset overtakes the answer.
+    answers = [exchange(server, chunked, *chunks) for _ in range(5)]
+    assert {status_of(answer) for answer in answers if answer} == {413}
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "CONNECT", "BREW", "QUERY"])
