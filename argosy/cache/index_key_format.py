@@ -1,8 +1,7 @@
 """What a token's index key is stored as: the model's own numbers, or 8-bit ones, rotated first, with a scale.
 
-Index keys have a format apart from the latent's, for they are read whole, by every token, and only to choose positions:
-8 bits halve what the longest prompts cost most, and change what is chosen only where scores nearly tie. Invariant: what
-is read depends on the bytes of the places read, and on nothing that a format remembers.
+Index keys have a format apart from the latent's, for they are read whole, by every token, and only to choose positions.
+Invariant: what is read depends on the bytes of the places read, and on nothing that a format remembers.
 
 Shape letters: T tokens, B requests, P qk_rope_head_dim, J index heads, I index_head_dim, W width of a row.
 """

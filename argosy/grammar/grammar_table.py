@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_KEPT_GRAMMARS = 128
 
 
-class TokenHistory(Protocol):
+class KnownTokens(Protocol):
     """The tokens of every row; all of those read here are known."""
 
     @property
@@ -82,7 +82,7 @@ class GrammarTable:
         """The row belongs to a request without a grammar now."""
         self._places.pop(row, None)
 
-    def fill(self, rows: np.ndarray, history: TokenHistory) -> GrammarMasks:
+    def fill(self, rows: np.ndarray, history: KnownTokens) -> GrammarMasks:
         """The masks of ``rows`` behind all their tokens."""
         words = np.zeros((len(rows), self._get_compiler().num_words), dtype=np.int32)
         failures: dict[int, str] = {}

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from argosy.grammar.grammar_table import GrammarTable
+from argosy.grammar.grammar_table import GrammarTable, KnownTokens
 from argosy.messages import AdmittedRequest
 from argosy.runner import sampling_ops
 from argosy.runner.logprobs import SampledLogprobs
@@ -30,20 +30,11 @@ _MIN_REPETITION = 1e-30  # a logit divided by it is still finite
 _MAX_DRAW_ELEMENTS = 2**23  # rows times tokens that are filtered at once: bounds temporary memory to about 0.3 GB
 
 
-class TokenHistory(Protocol):
+class TokenHistory(KnownTokens, Protocol):
     """The caller's host tables, indexed by row; read only for rows that need them."""
 
     @property
-    def token_ids(self) -> np.ndarray: ...  # [max_num_seqs, max length] int32: prompt, then output
-
-    @property
-    def num_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
-
-    @property
     def num_known_tokens(self) -> np.ndarray: ...  # [max_num_seqs]: num_tokens, or 1 less where the last is missing
-
-    @property
-    def num_prompt_tokens(self) -> np.ndarray: ...  # [max_num_seqs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@
 Messages in and out are a length of four bytes, then msgpack. It loads no torch. Invariant: it ends with its parent.
 """
 
-import ctypes
 import resource
 import signal
 import sys
@@ -14,18 +13,17 @@ import msgspec
 from argosy.engine.tokenizer import Tokenizer
 from argosy.grammar.compiler import GrammarCompiler
 from argosy.sampling_params import StructuredOutputsParams
+from argosy.server.child_process import die_with_parent
 
 LENGTH_BYTES = 4
 READY = b""  # the first message: grammars can be sent
 MAX_MEMORY_BYTES = 4 * 2**30  # of address space
-_PR_SET_PDEATHSIG = 1  # Linux
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent ends this process, after its requests
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     compiler = GrammarCompiler(Tokenizer.from_directory(sys.argv[1]).vocabulary())
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -14,7 +14,7 @@ from argosy.server.errors import ApiError
 from argosy.server.text_work import MAX_LOOP_SIZE, MAX_WAITING, TextWork
 from tests.helpers.tiny_tokenizer import build_tiny_backend
 
-LONG = "the answer is 42 and 中国 " * 12_000  # about a second of work
+LONG = "the answer is 42 and 中国 " * 12_000
 
 
 def test_long_work_runs_in_threads_of_which_there_are_few() -> None:
@@ -33,6 +33,23 @@ def test_long_work_runs_in_threads_of_which_there_are_few() -> None:
         assert seen == {threading.current_thread().name}
 
     asyncio.run(go())
+
+
+def test_the_loop_runs_on_while_a_long_text_is_tokenized(tokenizer) -> None:
+    """Its longest pause is well below the whole work; it is all of it if the tokenizer keeps Python's lock."""
+
+    async def go() -> tuple[float, float]:
+        work = asyncio.create_task(TextWork().run(len(LONG), lambda: tokenizer.encode(LONG)))
+        start_s = last_s = time.perf_counter()
+        longest_s = 0.0
+        while not work.done():
+            await asyncio.sleep(0)
+            now_s = time.perf_counter()
+            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+        return longest_s, last_s - start_s
+
+    pauses = [longest_s / all_s for longest_s, all_s in (asyncio.run(go()) for _ in range(3))]
+    assert min(pauses) < 0.6
 
 
 def test_only_so_many_long_texts_wait() -> None:
