@@ -135,7 +135,7 @@ def route_parts(
 
         compute = functools.partial(route.route_parts, parts)
     else:
-        compute = functools.partial(route_grouped_topk, parts.sum(dim=0))
+        compute = functools.partial(route_grouped_topk, parts[0] if len(parts) == 1 else parts.sum(dim=0))
     return compute(
         correction_bias,
         n_group=n_group,

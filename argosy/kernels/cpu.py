@@ -21,13 +21,15 @@ _MAX_PADDED_ROWS = 1024
 _MAX_PADDING = 3
 _MIN_LEFT_TOKENS = 8  # of weighted_mlp
 _NEVER = np.iinfo(np.int64).min  # a key below every score's
+_LOW_BITS = np.int32(0x7FFFFFFF)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(n * eps), over sqrt(n): four calls instead of eight."""
     size = x.shape[-1]
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = length.hypot_(_constant(math.sqrt(size * eps))).mul_(size**-0.5)
+    # Tensors, for Python's numbers are converted at every call.
+    scale = length.hypot_(_constant(math.sqrt(size * eps))).mul_(_constant(size**-0.5))
     normed = (x / scale).mul_(weight)
     return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 
@@ -52,24 +54,41 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def select_topk_slots(
     scores: torch.Tensor, num_visible: torch.Tensor, topk: int, block_table: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """A full sort of the same packed keys: for these sizes faster than a partial one."""
+    """A full sort of the same packed keys, made of halves: for these sizes faster than a partial one."""
     num_rows, num_keys = scores.shape
-    position = np.arange(num_keys)
-    bits = (scores.numpy() + 0.0).view(np.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the float's value
-    keys = np.left_shift(ordered, 32, dtype=np.int64) | (0x7FFFFFFF - position)
-    keys[position >= num_visible.numpy()[:, None]] = _NEVER
+    visible = num_visible.numpy()
+    bits = (scores.numpy() + np.float32(0.0)).view(np.int32)  # + 0.0 turns -0.0 into 0.0
+    flip = bits >> 31
+    flip &= _LOW_BITS
+    low = _LOW_BITS - _arange(num_keys)
+    halves = np.empty((num_rows, num_keys, 2), dtype=np.int32)  # little end first
+    halves[:, :, 0] = low
+    np.bitwise_xor(bits, flip, out=halves[:, :, 1])  # monotone in the float's value
+    keys = halves.view(np.int64)[:, :, 0]
+    fewest = int(visible.min(initial=num_keys))
+    if fewest < num_keys:
+        keys[low <= _LOW_BITS - visible[:, None]] = _NEVER
     keys.sort(axis=1)
-    best = keys[:, : -topk - 1 : -1]  # from the highest down
-    chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)  # of what is not visible, some number beyond all positions
+    chosen = _LOW_BITS - halves[:, : -topk - 1 : -1, 0]  # from the highest down
+    if fewest < topk:
+        chosen[keys[:, : -topk - 1 : -1] == _NEVER] = 0
     blocks = block_table.numpy()
-    row = np.arange(blocks.shape[0])[:, None]  # one row serves all tokens
-    is_none = best == _NEVER
-    chosen[is_none] = 0
+    row = _arange(blocks.shape[0])[:, None]  # one row serves all tokens
+    found = blocks[row, chosen // block_size].astype(np.int64)
+    found *= block_size
+    found += chosen % block_size
+    if fewest >= topk:
+        return torch.from_numpy(found)
+    found[np.arange(found.shape[1]) >= visible[:, None]] = -1
     slots = np.full((num_rows, topk), -1, dtype=np.int64)
-    slots[:, : best.shape[1]] = blocks[row, chosen // block_size] * np.int64(block_size) + chosen % block_size
-    slots[:, : best.shape[1]][is_none] = -1
+    slots[:, : found.shape[1]] = found
     return torch.from_numpy(slots)
+
+
+@functools.lru_cache(maxsize=64)
+def _arange(end: int) -> np.ndarray:
+    """int32, not to be written to: a sequence's length, or a batch's."""
+    return np.arange(end, dtype=np.int32)
 
 
 def route_grouped_topk(
