@@ -1,8 +1,9 @@
 """The product of ``fp8_gemm.py`` for many rows, written out by hand for Hopper cards.
 
-Two warp groups walk the tiles of ``hopper_tiles.py``. One scales and adds the sums of a block in ordinary float32 units
-while the tensor cores have the other's products; a tile's two halves take turns, so that a group holds the sums of one.
-Scales are asked for a block of K ahead. Invariant: every output is the sum, in order, of its blocks' sums times scales.
+Two warp groups walk the tiles of ``hopper_tiles.py``. A block's products are made a quarter of the tile's columns at a
+time: while a group scales and adds one quarter's sums in ordinary float32 units, the tensor cores have its next one, or
+the other group's. Sums of two quarters are all that its registers hold beside the totals. Scales are asked for a block
+of K ahead. Invariant: every output is the sum, in order, of its blocks' sums times scales.
 
 Shape letters: those of ``fp8_gemm.py``.
 """
@@ -27,6 +28,7 @@ from argosy.kernels.triton.hopper_tiles import (
 )
 
 HALF = gl.constexpr(128)  # of a tile: columns that share their scales
+QUARTER = gl.constexpr(64)
 LOG2_E = gl.constexpr(1.4426950408889634)
 LARGEST = gl.constexpr(448.0)
 SMALLEST_AMAX = gl.constexpr(1e-4)
@@ -160,7 +162,7 @@ def _multiply(
     out_features, in_features = sizes
     BLOCK_K: gl.constexpr = weights.shape[2]  # noqa: N806
     TILE_N: gl.constexpr = HALF if IS_GATED else 2 * HALF  # noqa: N806
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])  # noqa: N806
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 32])  # noqa: N806
     num_blocks = gl.maximum((in_features + BLOCK_K - 1) // BLOCK_K, 1)
     block = 0
     turn = 0
@@ -172,28 +174,44 @@ def _multiply(
             places = _find_scales(scales, walk, sizes, expert, first_row + row, column, num_blocks, IS_GATED, SUMS)
             row_scale, left_scale, right_scale = _load_scales(places, scales, 0)
             await_lead(group, block, num_blocks, buffers, NUM_STAGES, LEAD)
-            left = gl.zeros([GROUP_ROWS, HALF], gl.float32, layout=SUMS)
-            right = left
-            sums = left
+            nothing = gl.zeros([GROUP_ROWS, QUARTER], gl.float32, layout=SUMS)
+            total_0, total_1, total_2, total_3 = nothing, nothing, nothing, nothing
+            even, odd = nothing, nothing
             for number in range(num_blocks):
                 next_scales = _load_scales(places, scales, gl.minimum(number + 1, num_blocks - 1))
+                left = gl.expand_dims(row_scale * left_scale, 1)
+                right = gl.expand_dims(row_scale * right_scale, 1)
                 stage = (block + number) % NUM_STAGES
                 mbarrier.wait(full.index(stage), find_round(block + number, NUM_STAGES))
                 block_rows = rows.index(stage * NUM_GROUPS + group)
                 box = weights.index(stage)
-                sums = _multiply_half(block_rows, box.slice(0, HALF), sums)
-                left = left + sums * gl.expand_dims(row_scale * left_scale, 1)
-                sums = _multiply_half(block_rows, box.slice(HALF, HALF), sums)
+                even = _multiply_quarter(block_rows, box, 0, even)
+                odd = _multiply_quarter(block_rows, box, 1, odd)
+                even = warpgroup_mma_wait(1, deps=(even,))
+                total_0 = total_0 + even * left
+                even = _multiply_quarter(block_rows, box, 2, even)
+                odd = warpgroup_mma_wait(1, deps=(odd,))
+                total_1 = total_1 + odd * left
+                odd = _multiply_quarter(block_rows, box, 3, odd)
+                even = warpgroup_mma_wait(1, deps=(even,))
+                total_2 = total_2 + even * right
+                odd = warpgroup_mma_wait(0, deps=(odd,))
                 mbarrier.arrive(empty.index(stage * NUM_GROUPS + group))
-                right = right + sums * gl.expand_dims(row_scale * right_scale, 1)
+                total_3 = total_3 + odd * right
                 row_scale, left_scale, right_scale = next_scales
             if IS_GATED:
-                left = _gate(left, right, HIDDEN_DTYPE)
+                total_0 = _gate(total_0, total_2, HIDDEN_DTYPE)
+                total_1 = _gate(total_1, total_3, HIDDEN_DTYPE)
             if IS_QUANTIZED:
-                left = _quantize(left, results, row, first_row, count, column, num_rows, HAS_UE8M0_SCALES, SUMS)
+                scale, factor = _find_group_scale(total_0, total_1, HAS_UE8M0_SCALES)
+                _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS)
+                total_0 = _quantize(total_0, scale, factor, HAS_UE8M0_SCALES)
+                total_1 = _quantize(total_1, scale, factor, HAS_UE8M0_SCALES)
+            _store(total_0, results, row, first_row, count, column, num_columns)
+            _store(total_1, results, row, first_row, count, column + QUARTER, num_columns)
             if not IS_GATED:
-                _store(right, results, row, first_row, count, column + HALF, num_columns)
-            _store(left, results, row, first_row, count, column, num_columns)
+                _store(total_2, results, row, first_row, count, column + HALF, num_columns)
+                _store(total_3, results, row, first_row, count, column + HALF + QUARTER, num_columns)
         else:
             follow_blocks(group, block, num_blocks, buffers, NUM_STAGES)
         step = await_step(queue, turn, NUM_STAGES, HAS_QUEUE)
@@ -203,10 +221,10 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_half(block_rows, block_weights, sums):
-    """The sums before are written over: so the compiler takes their registers, and no others."""
-    sums = warpgroup_mma(block_rows, block_weights.permute((1, 0)), sums, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(sums,))
+def _multiply_quarter(block_rows, box, quarter: gl.constexpr, sums):
+    """Starts it. The sums before are written over: so the compiler takes their registers, and no others."""
+    columns = box.slice(quarter * QUARTER, QUARTER).permute((1, 0))
+    return warpgroup_mma(block_rows, columns, sums, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -249,29 +267,33 @@ def _gate(gate, up, HIDDEN_DTYPE: gl.constexpr):  # noqa: N803
 
 
 @gluon.jit
-def _quantize(
-    values,
-    results,
-    row,
-    first_row,
-    count,
-    column,
-    num_rows,
-    HAS_UE8M0_SCALES: gl.constexpr,  # noqa: N803
-    SUMS: gl.constexpr,  # noqa: N803
-):
-    """As ``quantize_groups.quantize_last_dim``, but that the cast rounds. Stores the scales."""
-    out, out_scale = results
-    scale = gl.div_rn(gl.maximum(gl.max(gl.abs(values), axis=1), SMALLEST_AMAX), LARGEST)
-    if HAS_UE8M0_SCALES:  # up to the next power of two, whose reciprocal is exact
+def _find_group_scale(left, right, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
+    """As ``quantize_groups.quantize_last_dim`` of both together: the scale, and its reciprocal if that is exact."""
+    amax = gl.maximum(gl.max(gl.abs(left), axis=1), gl.max(gl.abs(right), axis=1))
+    scale = gl.div_rn(gl.maximum(amax, SMALLEST_AMAX), LARGEST)
+    factor = scale
+    if HAS_UE8M0_SCALES:  # up to the next power of two
         bits = (gl.cast(scale, gl.int32, bitcast=True) + FRACTION_BITS) & EXPONENT_BITS
         scale = gl.cast(bits, gl.float32, bitcast=True)
-        quotient = values * gl.expand_dims(gl.cast(ONE_SQUARED_BITS - bits, gl.float32, bitcast=True), 1)
-    else:
-        quotient = gl.div_rn(values, gl.expand_dims(scale, 1))
+        factor = gl.cast(ONE_SQUARED_BITS - bits, gl.float32, bitcast=True)
+    return scale, factor
+
+
+@gluon.jit
+def _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS: gl.constexpr):  # noqa: N803
+    out, out_scale = results
     row_ids = row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SUMS))
     places = out_scale + (column // HALF).to(gl.int64) * num_rows + first_row + row_ids
     gl.store(places, scale, mask=row_ids < count)
+
+
+@gluon.jit
+def _quantize(values, scale, factor, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
+    """Numbers for a cast that rounds."""
+    if HAS_UE8M0_SCALES:
+        quotient = values * gl.expand_dims(factor, 1)
+    else:
+        quotient = gl.div_rn(values, gl.expand_dims(scale, 1))
     return gl.where(quotient > LARGEST, LARGEST, gl.where(quotient < -LARGEST, -LARGEST, quotient))  # NaN stays
 
 
@@ -279,10 +301,10 @@ def _quantize(
 def _store(value, results, row, first_row, count, column, num_columns):
     out, out_scale = results
     dtype: gl.constexpr = out.dtype.element_ty
-    STORED: gl.constexpr = lay_out_stores(HALF, dtype)  # noqa: N806
+    STORED: gl.constexpr = lay_out_stores(QUARTER, dtype)  # noqa: N806
     value = gl.convert_layout(value.to(dtype), STORED)
     row_ids = row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, STORED))
-    columns = column + gl.arange(0, HALF, layout=gl.SliceLayout(0, STORED))
+    columns = column + gl.arange(0, QUARTER, layout=gl.SliceLayout(0, STORED))
     places = gl.expand_dims((first_row + row_ids).to(gl.int64) * num_columns, 1) + gl.expand_dims(columns, 0)
     is_stored = gl.expand_dims(row_ids < count, 1) & gl.expand_dims(columns < num_columns, 0)
     gl.store(out + places, value, mask=is_stored)
