@@ -23,10 +23,21 @@ DECODES = ((1, 4096), (16, 4096), (64, 4096), (128, 4096), (256, 4096), (1, 1638
 PREFILLS = ((4096, 4096), (8192, 8192), (8192, 16384), (4096, 65536))  # tokens, keys that the last one sees
 # Tiles of prefill to set beside the chosen one, by the bytes of a number.
 OTHER_TILES = {
-    1: (MANY_TILES[1], *(Tile(256, tokens, 8, 4, is_hopper=True) for tokens in (32, 128))),
-    2: (MANY_TILES[2], *(Tile(256, tokens, 6, 4, is_hopper=True) for tokens in (32, 128))),
+    1: (
+        MANY_TILES[1],
+        *(Tile(256, tokens, 8, 4, is_hopper=True) for tokens in (64, 256)),
+        Tile(256, 128, 8, 4, is_hopper=True, turn_tokens=4),
+        Tile(256, 128, 12, 4, is_hopper=True),
+    ),
+    2: (
+        MANY_TILES[2],
+        *(Tile(256, tokens, 6, 4, is_hopper=True) for tokens in (64, 256)),
+        Tile(256, 128, 6, 4, is_hopper=True, turn_tokens=4),
+        Tile(256, 128, 7, 4, is_hopper=True),
+    ),
 }
-# Rows, visible scores of each, the room that each has.
+# Rows, visible scores of each, the room that each has. Of 9,300 no row begins at a multiple of 16 bytes, and scores are
+# read one by one: `index_scores_paged` never returns such rows.
 CHOICES = (
     *((num_rows, 4096, 4096) for num_rows in (1, 16, 64, 128, 4096)),
     *((16, 4100, 4160), (64, 9300, 9300), (64, 9300, 9312), (64, 4096, MAX_SEQ_LEN), (4096, 16384, 16384)),
@@ -107,7 +118,7 @@ def _score_case(
     if phase == "prefill":
         for tile in OTHER_TILES[2 if numbers is None else 1]:
             name = f"{tile.block_keys}/{tile.block_tokens}/{tile.num_stages}/{tile.num_warps}"
-            name += " by hand" if tile.is_hopper else " by Triton"
+            name += f" by hand, turns of {tile.turn_tokens}" if tile.is_hopper else " by Triton"
             alternatives[name] = partial(run, *arguments, tile=tile)
     key_bytes = cache.shape[2] * cache.element_size()
     return Case(

@@ -290,10 +290,7 @@ def _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS: 
 @gluon.jit
 def _quantize(values, scale, factor, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
     """Numbers for a cast that rounds."""
-    if HAS_UE8M0_SCALES:
-        quotient = values * gl.expand_dims(factor, 1)
-    else:
-        quotient = gl.div_rn(values, gl.expand_dims(scale, 1))
+    quotient = values * gl.expand_dims(factor, 1) if HAS_UE8M0_SCALES else gl.div_rn(values, gl.expand_dims(scale, 1))
     return gl.where(quotient > LARGEST, LARGEST, gl.where(quotient < -LARGEST, -LARGEST, quotient))  # NaN stays
 
 

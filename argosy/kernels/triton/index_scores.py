@@ -43,6 +43,7 @@ class Tile:
     num_warps: int
     programs: int = 0
     is_hopper: bool = False  # the loop that is written out by hand
+    turn_tokens: int = 8  # of that loop's turn
 
 
 # By the bytes of a number: for few tokens, then for many. Not measured yet: what fits without spilling, thrice and
@@ -62,8 +63,8 @@ STEP_ARGUMENTS = ["block_table", "num_visible", "num_rows", "num_tokens", "max_s
 # In place of these on Hopper cards: buffers for queries, and the warps of the first of two groups. Not measured yet.
 HOPPER = 90  # what the driver calls it
 HOPPER_TILES = {
-    1: Tile(256, 64, 8, 4, is_hopper=True),
-    2: Tile(256, 64, 6, 4, is_hopper=True),
+    1: Tile(256, 128, 8, 4, is_hopper=True),
+    2: Tile(256, 128, 6, 4, is_hopper=True),
 }
 HOPPER_MAX_HEADS = 64  # products of two tokens and a tile's keys stay in registers
 HOPPER_KEY_BYTES = (128, 256)  # whole rows of shared memory, as it is swizzled; in registers too
@@ -160,7 +161,11 @@ def _score(
     tile: Tile | None,
 ) -> torch.Tensor:
     batch, num_tokens, heads, dim = query.shape
-    padded = triton.cdiv(max_seq_len, ROW_MULTIPLE) * ROW_MULTIPLE
+    num_rows = batch * num_tokens
+    is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
+    tile = tile or choose_tile(query, is_few=is_few)
+    row_multiple = tile.block_keys if tile.is_hopper else ROW_MULTIPLE
+    padded = triton.cdiv(max_seq_len, row_multiple) * row_multiple
     out = torch.empty(batch, num_tokens, padded, dtype=torch.float32, device=query.device)
     scores = out[:, :, :max_seq_len]
     if scores.numel() == 0:
@@ -169,9 +174,6 @@ def _score(
         if size & (size - 1) or size < 16:
             raise ValueError(f"{name} ({size}) must be a power of two from 16 on; use the reference operations")
     assert keys.numel() < 2**31, f"{keys.shape}: places of numbers in the cache are counted in 32 bits"
-    num_rows = batch * num_tokens
-    is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
-    tile = tile or choose_tile(query, is_few=is_few)
     inputs = (keys, keys if scales is None else scales, weights.contiguous(), block_table, num_visible.contiguous())
     lengths = (num_rows, num_tokens, max_seq_len, block_table.stride(0), padded)
     constants = {
@@ -215,15 +217,16 @@ def _launch_on_hopper(
     has_scales: bool,
     tile: Tile,
 ) -> None:
-    assert tile.block_keys == index_scores_hopper.BLOCK_KEYS.value
+    assert tile.block_keys == index_scores_hopper.BLOCK_KEYS.value and out.shape[2] % tile.block_keys == 0
     batch, num_tokens, heads, dim = query.shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * query.element_size(), rank=2)
+    weight_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     grid = (triton.cdiv(max_seq_len, tile.block_keys) * triton.cdiv(num_tokens, tile.block_tokens) * batch,)
     score_tokens_on_hopper[grid](
         HopperDescriptor.from_tensor(query.view(-1, dim), [heads, dim], layout),
         keys,
         scales,
-        weights,
+        HopperDescriptor.from_tensor(weights.view(-1), [heads], weight_layout),
         block_table,
         num_visible,
         out,
@@ -237,6 +240,7 @@ def _launch_on_hopper(
         HAS_SCALES=has_scales,
         BLOCK_TOKENS=tile.block_tokens,
         NUM_STAGES=tile.num_stages,
+        TURN_TOKENS=tile.turn_tokens,
         num_warps=tile.num_warps,
     )
 

@@ -77,7 +77,7 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
         | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
         | ({"num_experts": 1} if is_dense else {}),
         multiples_of_16=("num_columns", "out_features", "in_features"),
-        instructions=("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "cp.async.bulk.tensor", "setmaxnreg"),
+        instructions=("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3", "cp.async.bulk.tensor", "setmaxnreg"),
         label="gated" if is_gated else "dense" if is_dense else "plain",
     )
 

@@ -58,11 +58,12 @@ def score_on_hopper(number: str, product: str, num_bytes: int) -> Kernel:
     tile = HOPPER_TILES[num_bytes]
     return Kernel(
         "index_scores_hopper.score_tokens_on_hopper",
-        {"keys": f"*{number}", "scales": "*fp32" if num_bytes == 1 else f"*{number}", "weights": "*fp32"}
+        {"keys": f"*{number}", "scales": "*fp32" if num_bytes == 1 else f"*{number}"}
         | {"block_table": "*i32", "num_visible": "*i32", "out": "*fp32"}
         | {name: kind for name, kind in LENGTHS.items() if name != "num_rows"},
         {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if num_bytes == 1 else DIM, "HAS_SCALES": num_bytes == 1}
-        | {"NUMBER_BYTES": num_bytes, "BLOCK_TOKENS": tile.block_tokens, "NUM_STAGES": tile.num_stages},
+        | {"NUMBER_BYTES": num_bytes, "BLOCK_TOKENS": tile.block_tokens, "NUM_STAGES": tile.num_stages}
+        | {"TURN_TOKENS": tile.turn_tokens},
         num_warps=tile.num_warps,
         instructions=("wgmma.mma_async.sync.aligned.m64n64", product, "cp.async.bulk.tensor.2d"),
         label=number,
@@ -85,7 +86,12 @@ def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
     names = score_tokens_on_hopper.arg_names
     bits = 8 * int(kernel.constants["NUMBER_BYTES"])
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
-    arguments = {**kernel.arguments, "queries": f"tensordesc<{kernel.label}[{HEADS}, {DIM}],{layout!r}>"}
+    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    arguments = {
+        **kernel.arguments,
+        "queries": f"tensordesc<{kernel.label}[{HEADS}, {DIM}],{layout!r}>",
+        "weights": f"tensordesc<fp32[{HEADS}],{line!r}>",
+    }
     assert set(names) == {*arguments, *kernel.constants}
     attributes = {
         (position,): [["tt.divisibility", 16]]
