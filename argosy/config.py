@@ -14,6 +14,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 EPMode = Literal["auto", "low_latency", "high_throughput", "all_gather"]
 ExchangeMode = Literal["low_latency", "high_throughput", "all_gather"]  # what "auto" chooses from
 EPPayload = Literal["model", "int8", "fp8"]
+LLTransport = Literal["collective", "symmetric"]
 QuantizationName = Literal["auto", "none", "w8a8", "fp8_block"]
 LoadFormat = Literal["auto", "dummy"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
@@ -79,7 +80,10 @@ class EngineConfig:
     ll_max_tokens_per_rank: int | None = (
         None  # low_latency up to this many on the fullest rank; None = where it pays, -1 = never
     )
-    ep_payload: EPPayload = "model"  # what tokens travel to their experts as; model: the model's own dtype
+    ll_transport: LLTransport = (
+        "collective"  # what low_latency travels by; symmetric: puts into shared memory, between cards of one node
+    )
+    ep_payload: EPPayload = "model"  # what tokens travel to their experts as; model: what loses nothing
     collective_timeout_s: float = 30.0  # a collective that takes longer ends all ranks with a report
     startup_timeout_s: float = 120.0  # longest wait, in each phase of the start, for all ranks to arrive
     weights_timeout_s: float = (
@@ -176,6 +180,12 @@ class EngineConfig:
     def _check_exchange(self) -> None:
         _check_choice("ep_mode", self.ep_mode, get_args(EPMode))
         _check_choice("ep_payload", self.ep_payload, get_args(EPPayload))
+        _check_choice("ll_transport", self.ll_transport, get_args(LLTransport))
+        if self.ll_transport == "symmetric" and (self.device == "cpu" or self.nnodes > 1):
+            raise ValueError(
+                "ll_transport symmetric needs NVIDIA cards of one node, which reach each other's memory, got device "
+                f"{self.device!r} and nnodes ({self.nnodes}); set --ll-transport collective"
+            )
         ll_max = self.ll_max_tokens_per_rank
         if ll_max is not None and ll_max != -1 and not _is_integer(ll_max, 1):
             raise ValueError(

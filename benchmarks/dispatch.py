@@ -1,13 +1,14 @@
 """What dispatch and combine cost between ranks, against a plain all-to-all of the same bytes on the same group.
 
-    python benchmarks/dispatch.py --device cuda --world 2 [--graphs] [--payload int8]
+    python benchmarks/dispatch.py --device cuda --world 2 [--graphs] [--payload int8] [--symmetric]
     python benchmarks/dispatch.py --device cpu --world 2 --hidden-size 256 --num-experts 32 --tokens 1,8,64
 
 It starts its own ranks. Timed are the exchange alone (packing, flight, reading; adding what came home), the whole
 dispatch and combine (with sorting for the experts and summing theirs), and how much of a dispatch the shared experts
-hide; rows of the mode that ``--ep-mode auto`` takes at their size are marked, and repeated at the end. It measures no
-routed experts. Invariant: before a shape is timed, a round trip through experts that multiply by
-known numbers must give the known answer; otherwise the program ends without numbers.
+hide; rows of the mode that ``--ep-mode auto`` takes at their size are marked, and repeated at the end.
+``--symmetric`` adds low_latency through shared memory, for cards of one node. It measures no routed experts. Invariant:
+before a shape is timed, a round trip through experts that multiply by known numbers must give the known answer;
+otherwise the program ends without numbers.
 
 Shape letters: T tokens of each rank, D hidden, E experts, K experts per token, M rows for the experts, e local experts.
 """
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,7 @@ from argosy.distributed.ep_high_throughput import HighThroughputExchange, HighTh
 from argosy.distributed.ep_message import pack_tokens
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_symmetric import SymmetricExchange, SymmetricLink, SymmetricTransport, connect_areas
 from argosy.distributed.ep_types import (
     EXCHANGE_MODES,
     WORD_BYTES,
@@ -53,7 +56,7 @@ from argosy.distributed.ep_types import (
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rendezvous import StoreAddress, connect_store, host_store
-from argosy.kernels.select import select_row_ops, select_sum_rows
+from argosy.kernels.select import select_one_sided_ops, select_row_ops, select_sum_rows
 from argosy.layers.mlp import GatedMLP
 from argosy.platforms import Platform, select_platform
 from argosy.quantization.scheme import build_schemes
@@ -63,7 +66,11 @@ NUM_WARMUP = 5
 CALLS_PER_GRAPH = 10
 MAX_ERROR = 0.03  # of the round trip's norm: bf16 sums, FP8 payloads
 US_PER_S = 1e6
+SPARE_ROW_BYTES = 256  # of a row beside its hidden state: ids, weights, scales
 Call = Callable[[], object]
+Way = Literal[
+    "low_latency", "high_throughput", "all_gather", "symmetric"
+]  # an exchange mode, or low_latency's other way
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,9 +103,14 @@ class PlainExchange:
 class Bench:
     """One rank's tensors of one shape and mode, and the calls to time."""
 
-    def __init__(self, ep: Communicator, device: torch.device, shape: Shape, mode: ExchangeMode) -> None:
-        self.ep, self.shape, self.mode = ep, shape, mode
-        self.plan = ExchangePlan(mode, shape.num_tokens)
+    def __init__(
+        self, ep: Communicator, device: torch.device, shape: Shape, way: Way, symmetric: SymmetricTransport | None
+    ) -> None:
+        """``symmetric``: for that way."""
+        self.ep, self.shape, self.way = ep, shape, way
+        self.mode: ExchangeMode = "low_latency" if way == "symmetric" else way
+        self.plan = ExchangePlan(self.mode, shape.num_tokens)
+        self._symmetric = symmetric if way == "symmetric" else None
         with torch.device(device):
             self._build_dispatcher(device)
             self._draw_tokens(device)
@@ -154,15 +166,19 @@ class Bench:
             low_latency_layout="sorted",
             sum_rows=sum_rows,
             row_ops=row_ops,
+            symmetric=self._symmetric,
         )
         codec = build_payload(shape.payload)
         owners = build_expert_tables(shape.num_experts, ep)[1]
-        exchanges: dict[ExchangeMode, RankExchange] = {
-            "low_latency": FixedExchange(ep, codec, row_ops, AddAtHome(ep, row_ops)),
+        low_latency = FixedExchange(ep, codec, row_ops, AddAtHome(ep, row_ops))
+        exchanges: dict[Way, RankExchange] = {
+            "low_latency": low_latency,
             "all_gather": FixedExchange(ep, codec, row_ops, AddInFlight(ep)),
             "high_throughput": HighThroughputExchange(ep, owners, codec, row_ops, sum_rows),
         }
-        self.exchange = exchanges[self.mode]
+        if self._symmetric is not None:
+            exchanges["symmetric"] = SymmetricExchange(SymmetricLink(ep, self._symmetric, owners), codec, low_latency)
+        self.exchange = exchanges[self.way]
 
     def _draw_tokens(self, device: torch.device) -> None:
         """Experts are chosen evenly, which sends nearly every token to every rank when ranks are few."""
@@ -228,10 +244,10 @@ def measure(bench: Bench, clock: Clock, calls_per_run: int, *, is_graph: bool) -
         return clock.median_us(call, calls_per_run)
 
     return Cost(
-        mode=bench.mode,
+        way=bench.way,
         num_tokens=bench.shape.num_tokens,
         is_graph=is_graph,
-        is_auto=bench.mode == choose_auto(bench.shape, bench.ep.size, is_card=bench.x.device.type != "cpu"),
+        is_auto=bench.way == choose_auto(bench.shape, bench.ep.size, is_card=bench.x.device.type != "cpu"),
         dispatch_bytes=bench.plain_dispatch.num_bytes,
         combine_bytes=bench.plain_combine.num_bytes,
         plain_dispatch_us=time_us(bench.plain_dispatch.run),
@@ -266,11 +282,14 @@ def run_rank(rank: int, arguments: argparse.Namespace, address: StoreAddress) ->
     costs: list[Cost] = []
     if rank == 0:
         print_head(arguments, platform, NUM_WARMUP)
-    for num_tokens in (int(text) for text in arguments.tokens.split(",")):
-        for mode in EXCHANGE_MODES:
-            bench = Bench(ep, device, build_shape(arguments, platform, num_tokens), mode)
+    shapes = [build_shape(arguments, platform, int(text)) for text in arguments.tokens.split(",")]
+    symmetric = build_symmetric(ep, device, shapes) if arguments.symmetric else None
+    ways: tuple[Way, ...] = EXCHANGE_MODES if symmetric is None else (*EXCHANGE_MODES, "symmetric")
+    for shape in shapes:
+        for way in ways:
+            bench = Bench(ep, device, shape, way, symmetric)
             check(bench)
-            can_capture = arguments.graphs and mode != "high_throughput"
+            can_capture = arguments.graphs and way != "high_throughput"
             for is_graph in (False, True) if can_capture else (False,):
                 costs.append(measure(bench, clock, arguments.calls, is_graph=is_graph))
                 if rank == 0:
@@ -279,6 +298,14 @@ def run_rank(rank: int, arguments: argparse.Namespace, address: StoreAddress) ->
         print_auto(costs)
         print_result(arguments, platform, costs)
     dist.destroy_process_group()
+
+
+def build_symmetric(ep: Communicator, device: torch.device, shapes: list[Shape]) -> SymmetricTransport:
+    """Room for the largest shape. Collective over ep."""
+    most = max(shapes, key=lambda shape: shape.num_tokens)
+    row_bytes = most.hidden_size * most.dtype.itemsize + SPARE_ROW_BYTES
+    ops = select_one_sided_ops(device.type)
+    return SymmetricTransport(connect_areas(ep, device, most.num_tokens, row_bytes, TIMEOUT_S), ops)
 
 
 def build_shape(arguments: argparse.Namespace, platform: Platform, num_tokens: int) -> Shape:
@@ -300,7 +327,7 @@ def check(bench: Bench) -> None:
     errors = [number / 1e6 for (number,) in bench.ep.all_gather_ints([parts_per_million])]
     if max(errors) > MAX_ERROR:
         sys.exit(
-            f"{bench.mode}, {bench.shape.num_tokens} tokens: errors by rank {errors} exceed {MAX_ERROR}; no numbers"
+            f"{bench.way}, {bench.shape.num_tokens} tokens: errors by rank {errors} exceed {MAX_ERROR}; no numbers"
         )
 
 
@@ -327,6 +354,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expert-width", type=int, default=2048)
     parser.add_argument("--payload", default="model", choices=("model", "int8", "fp8"))
     parser.add_argument("--graphs", action="store_true", help="CUDA: also time device graphs, where the mode allows")
+    parser.add_argument("--symmetric", action="store_true", help="CUDA: also low_latency through shared memory")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--calls", type=int, default=20, help="timed calls a run")
     return parser.parse_args()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from argosy.cli.code_version import read_commit
-from argosy.distributed.ep_types import ExchangeMode
 from argosy.platforms import Platform
 
 
@@ -17,7 +16,7 @@ from argosy.platforms import Platform
 class Cost:
     """Median microseconds of the slowest rank. Bytes: rank 0's whole message, its part for itself included."""
 
-    mode: ExchangeMode
+    way: str  # an exchange mode, or "symmetric": low_latency through shared memory
     num_tokens: int
     is_graph: bool
     is_auto: bool  # the mode that --ep-mode auto takes for as many tokens
@@ -63,7 +62,7 @@ def print_head(arguments: argparse.Namespace, platform: Platform, num_warmup: in
 
 def print_cost(cost: Cost) -> None:
     print(
-        f"  {cost.num_tokens:6d} {cost.mode:17s} {_yes_or_no(cost.is_graph):5s} {_yes_or_no(cost.is_auto):4s} |"
+        f"  {cost.num_tokens:6d} {cost.way:17s} {_yes_or_no(cost.is_graph):5s} {_yes_or_no(cost.is_auto):4s} |"
         f" {cost.plain_dispatch_us:6.0f} {cost.exchange_us:9.0f} {cost.exchange_ratio():5.2f}"
         f" {cost.dispatch_bytes / cost.exchange_us / 1e3:6.1f} {cost.dispatch_us:9.0f} |"
         f" {cost.plain_combine_us:6.0f} {cost.return_us:9.0f} {cost.return_ratio():5.2f}"
@@ -79,7 +78,7 @@ def print_auto(costs: list[Cost]) -> None:
     for cost in (each for each in costs if each.is_auto):
         both_us, plain_us = cost.exchange_us + cost.return_us, cost.plain_dispatch_us + cost.plain_combine_us
         print(
-            f"  {cost.num_tokens:6d} {cost.mode:17s} {_yes_or_no(cost.is_graph):5s} | {cost.exchange_us:12.0f}"
+            f"  {cost.num_tokens:6d} {cost.way:17s} {_yes_or_no(cost.is_graph):5s} | {cost.exchange_us:12.0f}"
             f" {cost.exchange_ratio():5.2f} | {cost.return_us:10.0f} {cost.return_ratio():5.2f} |"
             f" {both_us / plain_us:10.2f}"
         )

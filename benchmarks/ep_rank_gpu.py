@@ -133,7 +133,7 @@ def build_rank(options: argparse.Namespace) -> tuple[Preparation, ModelRunner]:
     prepared = prepare(dataclasses.replace(config, dp_size=options.ranks))
     model_config, platform = prepared.model_config, prepared.platform
     device = platform.device(0)
-    mesh = loopback_mesh(options.ranks, model_config, DTYPES[prepared.config.dtype])
+    mesh = loopback_mesh(options.ranks, model_config, DTYPES[prepared.config.dtype], options.quantization)
     model = load_model(prepared.config, prepared.directory, model_config, mesh, platform, device)
     num_blocks = 1 + max(
         max([0, *options.decode]) * blocks_for(options.context + MAX_STEPS, BLOCK_SIZE),

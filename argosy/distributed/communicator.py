@@ -10,6 +10,7 @@ A collective in a device graph runs at every replay, started by the device: ``ta
 ``bytes_sent`` counts what this rank sends to other ranks, by formula: n ranks, a tensor of B bytes that goes in.
     all_reduce 2 B (n - 1) / n     all_gather B (n - 1)     reduce_scatter, all_to_all B (n - 1) / n
     broadcast B (n - 1) at the source     all_to_all_v: the rows for other ranks
+    puts B (n - 1) for what at most goes to each
 ``waited_s`` adds up how long the host started and awaited collectives, which includes waiting for slower ranks. What a
 card's own streams wait for is not in it, nor what a recording replays there: the host does not see these.
 """
@@ -24,9 +25,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from argosy.distributed.flight_recorder import CollectiveRecord, CollectiveTape, Completion, FlightRecorder
 from argosy.distributed.pending import Pending, Ready
+from argosy.distributed.put_flight import PutFlight
 
 # gloo and HCCL refuse 8-bit floats; their bytes travel all the same.
 BYTE_SIZED_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -61,6 +64,7 @@ class Communicator:
         self._group = group
         self._host_group = host_group
         self._recorder = recorder
+        self._shared: list[object] = []  # what keeps other ranks' memory mapped here
         self._is_host = is_host  # the group ends its operations in wait(); a card's end later
 
     @classmethod
@@ -208,6 +212,46 @@ class Communicator:
         launch = partial(dist.all_to_all_single, wire_out, wire_x, recvs, sends, group=self._group, async_op=True)
         return self._start("all_to_all_v", x, num_bytes, out, launch)
 
+    # --- one-sided, between cards of one node ----------------------------------------------------------------------
+
+    def share_memory(self, num_words: int, device: torch.device) -> tuple[torch.Tensor, list[int]]:
+        """A buffer of zeros, [num_words] int32, and where every rank's is, as this rank's card sees it. Collective.
+
+        Raises:
+            RuntimeError: the cards of the axis cannot reach each other's memory.
+        """
+        assert self._group is not None, f"axis {self.axis} is one rank"
+        try:
+            buffer = symmetric_memory.empty(num_words, dtype=torch.int32, device=device)
+            buffer.zero_()
+            handle = symmetric_memory.rendezvous(buffer, self._group.group_name)
+            bases = list(handle.buffer_ptrs)
+            self._shared.append(handle)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.ranks[self.rank]} of axis {self.axis} on {device} cannot share {num_words * 4} bytes of"
+                f" memory with ranks {', '.join(map(str, self.ranks))}, which needs cards of one node with peer access:"
+                f" {error}; set --ll-transport collective"
+            ) from error
+        offset = buffer.data_ptr() - bases[self.rank]  # torch may cut a buffer out of a larger one, everywhere alike
+        torch.accelerator.synchronize(device)
+        offsets = [each for (each,) in self.all_gather_ints((offset,))]  # so nobody's flags are set before all are zero
+        assert offsets == [offset] * self.size, offsets
+        return buffer, [base + offset for base in bases]
+
+    def start_puts(self, op: str, rows: torch.Tensor, put: Callable[[], None], finish: Callable[[], T]) -> Pending[T]:
+        """``put`` launches what writes ``rows`` into every other rank's memory, ``finish`` what waits for theirs.
+
+        Collective. ``put`` raises RuntimeError for an earlier exchange that failed.
+        """
+        num_bytes = _num_bytes(rows) * (self.size - 1)
+        record = self._record(op, rows, num_bytes)
+        try:
+            put()
+        except RuntimeError as error:
+            self._recorder.fail(record, error)
+        return PutFlight(record, finish, None if self._recorder.tape is not None else rows.device)
+
     # --- host integers ---------------------------------------------------------------------------------------------
 
     def all_gather_ints(self, values: Sequence[int], *, op: str = "all_gather_ints") -> list[list[int]]:
@@ -254,13 +298,7 @@ class Communicator:
         launch: Callable[[], dist.Work],
         is_host: bool = False,
     ) -> "_Flight":
-        tape = self._recorder.tape
-        if tape is None:
-            self.bytes_sent[op] = self.bytes_sent.get(op, 0) + num_bytes
-        else:
-            tape.add(self.bytes_sent, op, num_bytes)
-        dtype = str(x.dtype).removeprefix("torch.")
-        record = self._recorder.start(self.axis, self.ranks, op, self.label, x.shape, dtype, num_bytes)
+        record = self._record(op, x, num_bytes)
         try:
             work = launch()
         except RuntimeError as error:
@@ -270,6 +308,15 @@ class Communicator:
         if waited_s is not None:
             waited_s[op] = waited_s.get(op, 0.0) + time.monotonic() - record.started_s
         return _Flight(work, record, out, self._recorder, waited_s)
+
+    def _record(self, op: str, x: torch.Tensor, num_bytes: int) -> CollectiveRecord:
+        tape = self._recorder.tape
+        if tape is None:
+            self.bytes_sent[op] = self.bytes_sent.get(op, 0) + num_bytes
+        else:
+            tape.add(self.bytes_sent, op, num_bytes)
+        dtype = str(x.dtype).removeprefix("torch.")
+        return self._recorder.start(self.axis, self.ranks, op, self.label, x.shape, dtype, num_bytes)
 
     def _check_divides(self, x: torch.Tensor) -> None:
         assert x.shape[0] % self.size == 0, f"{x.shape[0]} rows for {self.size} ranks of axis {self.axis}"

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from argosy.distributed.ep_types import (
-    AddsAfterwards,
     ArrangedRows,
     DispatchedTokens,
+    QuantizedRows,
     ReceivedRows,
     ReturnPath,
     RowOps,
@@ -26,7 +26,7 @@ ExpertLayout = Literal["sorted", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
-class ArrangedHandle(AddsAfterwards):
+class ArrangedHandle:
     """Where each entry's expert output lies, and how the sums get home."""
 
     row_ids: torch.Tensor  # [N, K] int64: row of the experts' output (flat over expert and capacity), -1 none
@@ -35,9 +35,15 @@ class ArrangedHandle(AddsAfterwards):
     sum_rows: SumRows
 
     def start_combine(self, expert_out: torch.Tensor) -> Pending[torch.Tensor]:
+        return self.return_path.start(self._sum(expert_out))
+
+    def combine_onto(self, expert_out: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        return self.return_path.start(self._sum(expert_out), addend).wait()
+
+    def _sum(self, expert_out: torch.Tensor) -> torch.Tensor:
         hidden_size = expert_out.shape[-1]
         rows = expert_out.reshape(expert_out.shape[:-1].numel(), hidden_size)
-        return self.return_path.start(self.sum_rows(rows, self.row_ids, self.topk_weights, expert_out.dtype))
+        return self.sum_rows(rows, self.row_ids, self.topk_weights, expert_out.dtype, is_sparse=True)
 
 
 def arrange(
@@ -50,19 +56,20 @@ def arrange(
     sum_rows: SumRows,
 ) -> DispatchedTokens:
     """``expert_map: [E + 1]`` int32: id -> local id, ``num_local_experts`` for what is elsewhere and for -1."""
-    arranged = row_ops.arrange_rows(
-        received.x,
-        received.topk_ids,
-        received.num_local_entries,
-        expert_map,
-        num_local_experts,
-        is_padded=is_padded,
-    )
+    routes = received.topk_ids, received.num_local_entries, expert_map, num_local_experts
+    quantized = None
+    if isinstance(received.x, QuantizedRows):
+        assert not is_padded, "experts take rows in 8 bits sorted"
+        quantized, counts, row_ids = row_ops.arrange_quantized(received.x, *routes)
+        hidden_states = quantized.numbers
+    else:
+        hidden_states, counts, row_ids = row_ops.arrange_rows(received.x, *routes, is_padded=is_padded)
     num_expected_rows = None
     if received.num_local_entries is None:
         num_experts = expert_map.shape[0] - 1
         num_expected_rows = -(-received.topk_ids.numel() * num_local_experts // num_experts)
-    return _build_dispatched(received, arranged, sum_rows, num_expected_rows)
+    handle = ArrangedHandle(row_ids, received.topk_weights, received.return_path, sum_rows)
+    return DispatchedTokens(hidden_states, counts, handle, quantized=quantized, num_expected_rows=num_expected_rows)
 
 
 def sorted_rows(x: torch.Tensor, local_ids: torch.Tensor, num_local_experts: int, num_rows: int | None) -> ArrangedRows:
@@ -99,8 +106,11 @@ def sum_rows_in_torch(
     weights: torch.Tensor | None,
     dtype: torch.dtype,
     addend: torch.Tensor | None = None,
+    *,
+    is_sparse: bool = False,
 ) -> torch.Tensor:
-    """``SumRows`` in plain torch: the slow twin of fused kernels, and what runs where there is none."""
+    """``SumRows`` in plain torch: the slow twin of fused kernels, and what runs where there is none. Sparse lines are
+    no case of their own here."""
     if addend is not None:
         return (sum_rows_in_torch(rows, row_ids, weights, torch.float32) + addend).to(dtype)
     num_lines, num_summands = row_ids.shape
@@ -124,11 +134,3 @@ def _sort_entries(local_ids: torch.Tensor, num_local_experts: int) -> tuple[torc
 
 def _by_entry(row_ids_by_order: torch.Tensor, order: torch.Tensor, local_ids: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(0, order, row_ids_by_order).view(local_ids.shape)
-
-
-def _build_dispatched(
-    received: ReceivedRows, arranged: ArrangedRows, sum_rows: SumRows, num_expected_rows: int | None
-) -> DispatchedTokens:
-    hidden_states, counts, row_ids = arranged
-    handle = ArrangedHandle(row_ids, received.topk_weights, received.return_path, sum_rows)
-    return DispatchedTokens(hidden_states, counts, handle, num_expected_rows=num_expected_rows)

@@ -1,7 +1,7 @@
 """Bringing tokens to their experts and back: ``dispatch -> experts -> combine`` as a pipeline of values.
 
 This file chooses and composes. ``LocalDispatcher`` serves one rank. For more, an exchange brings each token to the
-ranks that own its experts (``ep_high_throughput`` or ``ep_fixed``, as the plan says); what was received is then one
+ranks that own its experts (``ep_high_throughput``, ``ep_fixed`` or ``ep_symmetric``); what was received is then one
 rank's own problem (``ep_arrange``). Invariant: combine returns, for every token, the sum of its experts' outputs times
 ``topk_weights``; ids of -1 contribute nothing.
 
@@ -20,6 +20,7 @@ from argosy.distributed.ep_high_throughput import HighThroughputExchange
 from argosy.distributed.ep_local import FusedRows, LocalDispatcher
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_symmetric import SymmetricExchange, SymmetricLink, SymmetricTransport
 from argosy.distributed.ep_types import (
     DispatchedTokens,
     DispatchHandle,
@@ -46,13 +47,16 @@ def build_dispatcher(
     sum_rows: SumRows = sum_rows_in_torch,
     row_ops: RowOps | None = None,
     max_whole_tokens: int = 0,
+    symmetric: SymmetricTransport | None = None,
 ) -> TokenDispatcher:
     """One rank's dispatcher. Its tensors are made on the current default device, as a module's are.
 
+    Rows that were quantised for the experts travel so, in half the bytes, where ``payload`` asks for nothing else and
+    ``row_ops`` are given: the experts see what they would have made of the model's own rows.
     ``low_latency_layout`` is the form the experts get in low_latency; "sorted" suits a grouped product, "padded" a
     masked one, up to ``MAX_PADDED_ROWS``: above, rows are sorted all the same. ``sum_rows`` and ``row_ops`` (None:
     plain torch) may be fused kernels. ``max_whole_tokens``: how many the experts of a single rank take in the whole
-    form.
+    form. ``symmetric``: what low_latency travels by, None for collectives.
 
     Raises:
         ValueError: experts cannot be divided among the ranks.
@@ -62,13 +66,24 @@ def build_dispatcher(
         return LocalDispatcher(num_experts, max_whole_tokens, FusedRows(row_ops, sum_rows) if row_ops else None)
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
+    low_latency: RankExchange = FixedExchange(ep, codec, ops, AddAtHome(ep, ops))
+    if symmetric is not None:
+        low_latency = SymmetricExchange(SymmetricLink(ep, symmetric, expert_owner), codec, low_latency)
     exchanges: dict[ExchangeMode, RankExchange] = {
-        "low_latency": FixedExchange(ep, codec, ops, AddAtHome(ep, ops)),
+        "low_latency": low_latency,
         "high_throughput": HighThroughputExchange(ep, expert_owner, codec, ops, sum_rows),
         "all_gather": FixedExchange(ep, codec, ops, AddInFlight(ep)),
     }
     padded_modes: tuple[ExchangeMode, ...] = ("low_latency",) if low_latency_layout == "padded" else ()
-    return ExpertParallelDispatcher(exchanges, expert_map, num_experts // ep.size, padded_modes, ops, sum_rows)
+    return ExpertParallelDispatcher(
+        exchanges,
+        expert_map,
+        num_experts // ep.size,
+        padded_modes,
+        ops,
+        sum_rows,
+        takes_quantized=row_ops is not None and payload == "model" and not padded_modes,
+    )
 
 
 def build_expert_tables(num_experts: int, ep: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +114,8 @@ class ExpertParallelDispatcher:
         padded_modes: tuple[ExchangeMode, ...],
         row_ops: RowOps,
         sum_rows: SumRows,
+        *,
+        takes_quantized: bool,
     ) -> None:
         self._exchanges = exchanges
         self._expert_map = expert_map
@@ -106,15 +123,16 @@ class ExpertParallelDispatcher:
         self._padded_modes = padded_modes
         self._row_ops = row_ops
         self._sum_rows = sum_rows
+        self._takes_quantized = takes_quantized
 
     @property
     def takes_quantized(self) -> bool:
-        return False  # what travels is the payload's own choice
+        return self._takes_quantized
 
     def start_dispatch(
         self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[DispatchedTokens]:
-        assert isinstance(x, torch.Tensor)
+        assert self._takes_quantized or isinstance(x, torch.Tensor)
         flight = self._exchanges[plan.mode].start(x, topk_ids, topk_weights, plan)
         return Then(flight, partial(self._arrange, plan.mode))
 
@@ -125,7 +143,7 @@ class ExpertParallelDispatcher:
         return handle.combine_onto(expert_out, addend)
 
     def _arrange(self, mode: ExchangeMode, received: ReceivedRows) -> DispatchedTokens:
-        is_padded = mode in self._padded_modes and received.x.shape[0] <= MAX_PADDED_ROWS
+        is_padded = mode in self._padded_modes and received.topk_ids.shape[0] <= MAX_PADDED_ROWS
         return arrange(
             received,
             self._expert_map,

@@ -18,15 +18,16 @@ import torch
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_message import pack_tokens, unpack
 from argosy.distributed.ep_payload import PayloadCodec
-from argosy.distributed.ep_types import ExchangePlan, PackedTokens, ReceivedRows, RowOps
+from argosy.distributed.ep_types import ExchangePlan, PackedTokens, QuantizedRows, ReceivedRows, RowOps
 from argosy.distributed.pending import Pending, Then
 
 
 class WayHome(Protocol):
     """Every rank has a sum for every row, 0 where it has no expert of the token."""
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int) -> Pending[torch.Tensor]:
-        """``partial_sums: [N, D]``, by source rank -> [num_tokens, D] float32: this rank's, added. Collective."""
+    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
+        """``partial_sums: [N, D]``, by source rank -> [num_tokens, D] float32: this rank's, added; with ``addend``
+        see ``ReturnPath.start``. Collective."""
         ...
 
 
@@ -37,11 +38,11 @@ class AddAtHome:
         self._ep = ep
         self._row_ops = row_ops
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int) -> Pending[torch.Tensor]:
+    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
         num_rows, hidden_size = partial_sums.shape
         by_source = partial_sums.view(self._ep.size, num_rows // self._ep.size, hidden_size)
         flight = self._ep.start_all_to_all(by_source)
-        return Then(flight, lambda by_expert_rank: self._row_ops.sum_parts(by_expert_rank, num_tokens))
+        return Then(flight, lambda by_expert_rank: self._row_ops.sum_parts(by_expert_rank, num_tokens, addend))
 
 
 class AddInFlight:
@@ -50,8 +51,12 @@ class AddInFlight:
     def __init__(self, ep: Communicator) -> None:
         self._ep = ep
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int) -> Pending[torch.Tensor]:
-        return Then(self._ep.start_reduce_scatter(partial_sums), lambda sums: sums[:num_tokens].float())
+    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
+        def finish(sums: torch.Tensor) -> torch.Tensor:
+            own = sums[:num_tokens].float()
+            return own if addend is None else (own + addend).to(addend.dtype)
+
+        return Then(self._ep.start_reduce_scatter(partial_sums), finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,8 @@ class FixedReturn:
     way_home: WayHome
     num_tokens: int
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
-        return self.way_home.start(partial_sums, self.num_tokens)
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        return self.way_home.start(partial_sums, self.num_tokens, addend)
 
 
 class FixedExchange:
@@ -75,21 +80,22 @@ class FixedExchange:
         self._way_home = way_home
 
     def start(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
+        self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
-        _check_fits(x, plan)
+        num_tokens = topk_ids.shape[0]
+        check_fits(num_tokens, plan)
         tokens = pack_tokens(x, topk_ids, topk_weights, self._codec)
         flight = self._ep.start_all_gather(self._row_ops.pack_rows(tokens, plan.max_tokens_per_rank))
-        return Then(flight, partial(self._receive, tokens, FixedReturn(self._way_home, x.shape[0])))
+        return Then(flight, partial(self._receive, tokens, FixedReturn(self._way_home, num_tokens)))
 
     def _receive(self, tokens: PackedTokens, return_path: FixedReturn, message: torch.Tensor) -> ReceivedRows:
         return ReceivedRows(*unpack(message, tokens, self._codec), None, return_path)
 
 
-def _check_fits(x: torch.Tensor, plan: ExchangePlan) -> None:
+def check_fits(num_tokens: int, plan: ExchangePlan) -> None:
     """The step agreement bounds every rank's tokens; more would silently be cut off."""
-    if x.shape[0] > plan.max_tokens_per_rank:
+    if num_tokens > plan.max_tokens_per_rank:
         raise RuntimeError(
-            f"{x.shape[0]} tokens on this rank, but the ranks agreed on at most {plan.max_tokens_per_rank}"
+            f"{num_tokens} tokens on this rank, but the ranks agreed on at most {plan.max_tokens_per_rank}"
             f" (mode {plan.mode}): the step's agreement and its batch do not belong together"
         )

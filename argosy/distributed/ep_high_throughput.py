@@ -17,7 +17,7 @@ import torch
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_message import pack_tokens, unpack
 from argosy.distributed.ep_payload import PayloadCodec
-from argosy.distributed.ep_types import ExchangePlan, PackedTokens, ReceivedRows, RowOps, SumRows
+from argosy.distributed.ep_types import ExchangePlan, PackedTokens, QuantizedRows, ReceivedRows, RowOps, SumRows
 from argosy.distributed.pending import Pending, Then
 
 
@@ -31,9 +31,10 @@ class HighThroughputReturn:
     send_counts: Sequence[int]
     recv_counts: Sequence[int]
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
         flight = self.ep.start_all_to_all_v(partial_sums, self.recv_counts, self.send_counts)
-        return Then(flight, lambda rows: self.sum_rows(rows, self.sent_rows, None, torch.float32))
+        dtype = torch.float32 if addend is None else addend.dtype
+        return Then(flight, lambda rows: self.sum_rows(rows, self.sent_rows, None, dtype, addend, is_sparse=True))
 
 
 class HighThroughputExchange:
@@ -50,7 +51,7 @@ class HighThroughputExchange:
         self._count_table = _CountTable(ep, expert_owner.device)
 
     def start(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
+        self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
         places = self._row_ops.count_routes(topk_ids, self._expert_owner, self._count_table.sent)
         lengths = self._count_table.exchange()

@@ -134,7 +134,7 @@ class LocalDispatcher:
     ) -> DispatchedTokens:
         """Each token was quantised once, and not once for each of its experts."""
         assert self._expert_map is not None
-        rows, counts, row_ids = fused.row_ops.arrange_quantized(x, topk_ids, self._expert_map, self._num_experts)
+        rows, counts, row_ids = fused.row_ops.arrange_quantized(x, topk_ids, None, self._expert_map, self._num_experts)
         handle = FusedHandle(row_ids, topk_weights, fused.sum_rows)
         return DispatchedTokens(rows.numbers, counts, handle, quantized=rows)
 

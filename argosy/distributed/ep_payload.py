@@ -1,6 +1,7 @@
 """In what precision a token's hidden state travels to its experts: as it is, INT8 per token, or FP8 per 128 numbers.
 
-A codec turns rows into 32-bit words and back; it knows no ranks. Invariant: what comes back depends on the row alone,
+A codec turns rows into 32-bit words and back; it knows no ranks. Rows that were quantised for the experts need none.
+Invariant: what comes back depends on the row alone,
 so a token's experts see the same numbers on every topology.
 
 Shape letters: T tokens, D hidden, W words of a row.
@@ -37,7 +38,7 @@ class ModelPayload:
     """The model's own dtype: nothing is computed."""
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _check_width(x, x.shape[1] * x.element_size())
+        check_width(x, x.shape[1] * x.element_size())
         return (x.contiguous().view(torch.int32),)
 
     def decode(self, words: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +49,7 @@ class Int8Payload:
     """Symmetric INT8, one float32 scale a token, half to even, [-127, 127]."""
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _check_width(x, x.shape[1])
+        check_width(x, x.shape[1])
         numbers = x.float()
         scale = numbers.abs().amax(dim=1, keepdim=True).clamp_(min=MIN_AMAX) / INT8_MAX  # [T, 1]
         quantized = (numbers / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
@@ -65,7 +66,7 @@ class Fp8Payload:
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden_size = x.shape[1]
-        _check_width(x, hidden_size)
+        check_width(x, hidden_size)
         num_blocks = _num_blocks(hidden_size)
         padded = F.pad(x.float(), (0, num_blocks * FP8_BLOCK_SIZE - hidden_size))
         blocks = padded.view(x.shape[0], num_blocks, FP8_BLOCK_SIZE)
@@ -92,7 +93,7 @@ def _num_blocks(hidden_size: int) -> int:
     return (hidden_size + FP8_BLOCK_SIZE - 1) // FP8_BLOCK_SIZE
 
 
-def _check_width(x: torch.Tensor, row_bytes: int) -> None:
+def check_width(x: torch.Tensor, row_bytes: int) -> None:
     if row_bytes % WORD_BYTES:
         raise ValueError(
             f"hidden_size ({x.shape[1]}): a row of {row_bytes} bytes is not whole 4-byte words, which expert"

@@ -54,12 +54,19 @@ class TorchRowOps:
         return sorted_rows(x, local_ids, num_local_experts, num_local_entries)
 
     def arrange_quantized(
-        self, x: QuantizedRows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+        self,
+        x: QuantizedRows,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
     ) -> tuple[QuantizedRows, torch.Tensor, torch.Tensor]:
         local_ids = expert_map[topk_ids]
-        numbers, counts, row_ids = sorted_rows(x.numbers, local_ids, num_local_experts, topk_ids.numel())
-        scale, _, _ = sorted_rows(x.scale, local_ids, num_local_experts, topk_ids.numel())
+        num_rows = topk_ids.numel() if num_local_entries is None else num_local_entries
+        numbers, counts, row_ids = sorted_rows(x.numbers, local_ids, num_local_experts, num_rows)
+        scale, _, _ = sorted_rows(x.scale, local_ids, num_local_experts, num_rows)
         return QuantizedRows(numbers, scale, x.dtype), counts, row_ids
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return parts[:, :num_rows].sum(dim=0, dtype=torch.float32)
+    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
+        sums = parts[:, :num_rows].sum(dim=0, dtype=torch.float32)
+        return sums if addend is None else (sums + addend).to(addend.dtype)

@@ -29,10 +29,12 @@ class SumRows(Protocol):
         weights: torch.Tensor | None,
         dtype: torch.dtype,
         addend: torch.Tensor | None = None,
+        *,
+        is_sparse: bool = False,
     ) -> torch.Tensor:
         """``rows: [R, D]``, ``row_ids: [N, S]`` int64 or -1, ``weights: [N, S]`` f32 or None for ones, ``addend:
         [N, D]`` -> [N, D] in ``dtype``, added in float32; without an addend exactly 0 for a line of -1. Rows that no id
-        names may hold anything, NaN too."""
+        names may hold anything, NaN too. ``is_sparse``: most ids are -1; it changes no number."""
         ...
 
 
@@ -145,8 +147,9 @@ class TokenDispatcher(Protocol):
 class ReturnPath(Protocol):
     """The way home of one exchange's rows."""
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
-        """``partial_sums: [N, D]``, a line per received row -> [T, D] float32, each token's sum. Collective over ep."""
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        """``partial_sums: [N, D]``, a line per received row -> [T, D] float32, each token's sum. With ``addend:
+        [T, D]`` that is added in float32, and the result has its dtype. Collective over ep."""
         ...
 
 
@@ -154,7 +157,7 @@ class ReturnPath(Protocol):
 class ReceivedRows:
     """Tokens of all ranks that came here, each once; from now on a problem of this rank alone."""
 
-    x: torch.Tensor  # [N, D]; may be a strided view of the message
+    x: torch.Tensor | QuantizedRows  # [N, D]; may be a strided view of the message
     topk_ids: torch.Tensor  # [N, K] int32, ids of all experts, -1 none; foreign experts' ids are there too
     topk_weights: torch.Tensor  # [N, K] float32
     num_local_entries: int | None  # ids that are this rank's, in all rows; None: unknown on the host
@@ -165,11 +168,13 @@ class ReceivedRows:
 class PackedTokens:
     """A rank's own tokens as columns of the rows to send, and what reading such rows takes."""
 
-    payload: tuple[torch.Tensor, ...]  # int32, each [T, ...]
+    payload: tuple[torch.Tensor, ...]  # int32, each [T, ...]: one part, or numbers and their scales
     topk_ids: torch.Tensor  # [T, K] int32
     topk_weights: torch.Tensor  # [T, K] float32
     hidden_size: int
     dtype: torch.dtype
+    # Of the payload's numbers, whose scales are its second part, where the rows came in 8 bits; None: a codec wrote it.
+    quantized_dtype: torch.dtype | None = None
 
     @property
     def payload_words(self) -> int:
@@ -238,13 +243,19 @@ class RowOps(Protocol):
         ...
 
     def arrange_quantized(
-        self, x: QuantizedRows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+        self,
+        x: QuantizedRows,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
     ) -> tuple[QuantizedRows, torch.Tensor, torch.Tensor]:
-        """``arrange_rows`` of sorted rows in 8 bits, with their scales; M is N * K."""
+        """``arrange_rows`` of sorted rows in 8 bits, with their scales."""
         ...
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """``parts: [G, C, D]`` -> [num_rows, D] float32: the parts' first rows, added in rank order."""
+    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """``parts: [G, C, D]`` -> [num_rows, D] float32: the parts' first rows, added in rank order; with ``addend:
+        [num_rows, D]`` that too, and in its dtype."""
         ...
 
 
@@ -252,7 +263,7 @@ class RankExchange(Protocol):
     """Brings tokens to the ranks that own their experts."""
 
     def start(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
+        self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
         """As ``TokenDispatcher.start_dispatch``. Collective over ep."""
         ...

@@ -109,8 +109,10 @@ def join_world(rank: int, world_size: int, *, store: RankStore, platform: Platfo
     """torch's default group, which every other group is cut from. Collective over world."""
     # torch 2.13 renames two collectives that 2.11 knows under the old names only.
     warnings.filterwarnings("ignore", message="`torch.distributed.*_tensor` is deprecated", category=FutureWarning)
-    # NVLink multicast needs fabric rights that containers often lack; NCCL then hangs or fails at its first reduction.
+    # NVLink multicast needs fabric rights that containers often lack; NCCL then hangs or fails at its first reduction,
+    # and torch where it shares memory.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", store.interface)
     dist.init_process_group(
         platform.comm_backend,

@@ -19,8 +19,15 @@ from argosy.cache.rope import RotarySettings, build_rotary_table
 from argosy.config import DTypeName, EngineConfig
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.dp_coord import ExchangePolicy, choose_mode, plan_recordings
-from argosy.distributed.ep_types import ExchangeOf, ExchangePlan, exchange_nothing
-from argosy.distributed.mesh import ParallelMesh
+from argosy.distributed.ep_symmetric import SymmetricTransport, connect_areas
+from argosy.distributed.ep_types import (
+    ROW_ALIGNMENT_WORDS,
+    WORD_BYTES,
+    ExchangeOf,
+    ExchangePlan,
+    exchange_nothing,
+)
+from argosy.distributed.mesh import GROUP_TIMEOUT_FACTOR, ParallelMesh
 from argosy.distributed.recordings import NO_RECORDINGS, RecordingTable
 from argosy.engine.model_directory import resolve_model_directory
 from argosy.engine.scheduler import Scheduler
@@ -28,7 +35,7 @@ from argosy.engine.tokenizer import Tokenizer
 from argosy.engine.weight_format import choose_quantization
 from argosy.grammar.compiler import Vocabulary
 from argosy.grammar.grammar_table import GrammarTable
-from argosy.kernels.select import select_compilation_counter
+from argosy.kernels.select import select_compilation_counter, select_one_sided_ops
 from argosy.models.deepseek.checkpoint import build_weight_mapping, checkpoint_shapes
 from argosy.models.deepseek.config import ModelConfig
 from argosy.models.deepseek.model import DeepseekV32Model, weight_shard
@@ -48,6 +55,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 DTYPE_NAMES: dict[torch.dtype, DTypeName] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _CPU_CACHE_BYTES = 2**30  # the most that is taken unasked by a rank on a CPU
 WORKSPACE_BYTES = 2**31  # left free on an accelerator for a step, where it was not measured
+MAX_SYMMETRIC_TOKENS = 512  # of a rank: 28 MiB for each rank of the group, at 7,168 bf16 numbers
 _GRAPH_BYTES = 2**29  # for device graphs, and for what a step takes that the measured one did not
 
 
@@ -59,10 +67,11 @@ def load_model(
     platform: Platform,
     device: torch.device,
     on_progress: ProgressCallback | None = None,
+    symmetric: SymmetricTransport | None = None,
 ) -> DeepseekV32Model:
     """This rank's share, filled. ``config``: with ``dtype`` filled in."""
     quantization = choose_quantization(config, directory, platform)
-    model = build_model(config, model_config, quantization, mesh, device)
+    model = build_model(config, model_config, quantization, mesh, device, symmetric)
     mapping = build_weight_mapping(
         model_config.num_hidden_layers, model_config.num_nextn_predict_layers, weight_shard(model_config, mesh)
     )
@@ -81,12 +90,38 @@ def build_model(
     quantization: CheckpointQuantization,
     mesh: ParallelMesh,
     device: torch.device,
+    symmetric: SymmetricTransport | None = None,
 ) -> DeepseekV32Model:
     """This rank's share, with uninitialised parameters; on the meta device, with none."""
     with torch.device(device):
         return DeepseekV32Model(
-            model_config, DTYPES[config.dtype], mesh, ep_payload=config.ep_payload, quantization=quantization
+            model_config,
+            DTYPES[config.dtype],
+            mesh,
+            ep_payload=config.ep_payload,
+            symmetric=symmetric,
+            quantization=quantization,
         )
+
+
+def connect_symmetric(
+    config: EngineConfig, model_config: ModelConfig, ep: Communicator, device: torch.device
+) -> SymmetricTransport | None:
+    """What low_latency travels by; None for collectives, which also take steps of more than ``MAX_SYMMETRIC_TOKENS`` a
+    rank. ``config``: with ``dtype`` filled in. Collective over ep.
+
+    Raises:
+        ValueError, RuntimeError: these devices cannot reach each other's memory.
+    """
+    if config.ll_transport == "collective" or ep.size == 1:
+        return None
+    ops = select_one_sided_ops(device.type)
+    most = min(config.max_num_batched_tokens, MAX_SYMMETRIC_TOKENS)
+    ids_bytes = 2 * WORD_BYTES * (model_config.num_experts_per_tok + ROW_ALIGNMENT_WORDS)
+    row_bytes = model_config.hidden_size * DTYPES[config.dtype].itemsize + ids_bytes
+    # As of gloo: the watchdog must speak first, for it can say who is missing.
+    limit_s = config.collective_timeout_s * GROUP_TIMEOUT_FACTOR
+    return SymmetricTransport(connect_areas(ep, device, most, row_bytes, limit_s), ops)
 
 
 def measure_num_blocks(

@@ -25,6 +25,7 @@ from argosy.config import (
     EPPayload,
     IndexCacheDType,
     KVCacheDType,
+    LLTransport,
     LoadFormat,
     QuantizationName,
 )
@@ -88,6 +89,7 @@ class LLM:
         master_port: int | None = None,
         ep_mode: EPMode = "auto",
         ll_max_tokens_per_rank: int | None = None,
+        ll_transport: LLTransport = "collective",
         ep_payload: EPPayload = "model",
         collective_timeout_s: float = 30.0,
         startup_timeout_s: float = 120.0,
@@ -127,6 +129,7 @@ class LLM:
             master_port=master_port,
             ep_mode=ep_mode,
             ll_max_tokens_per_rank=ll_max_tokens_per_rank,
+            ll_transport=ll_transport,
             ep_payload=ep_payload,
             collective_timeout_s=collective_timeout_s,
             startup_timeout_s=startup_timeout_s,

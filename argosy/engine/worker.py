@@ -7,6 +7,7 @@ rank that is missing is named within it.
 
 import dataclasses
 import os
+from functools import partial
 
 import msgspec
 import torch
@@ -18,6 +19,7 @@ from argosy.distributed.dp_coord import (
     choose_ll_max_tokens_per_rank,
     expected_ranks_visited,
 )
+from argosy.distributed.ep_dispatch import build_dispatcher
 from argosy.distributed.ep_self_test import check_experts
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.rank_process import RankContext
@@ -30,6 +32,7 @@ from argosy.engine.build_rank import (
     build_scheduler,
     check_num_blocks,
     choose_recordings,
+    connect_symmetric,
     exchange_under,
     load_model,
     measure_num_blocks,
@@ -96,10 +99,12 @@ class RankWorker:
             phases.compare_fingerprints(self._settings.fingerprints)
         with phases.run("groups"):
             self._mesh = self._context.build_mesh(platform)
+            symmetric = connect_symmetric(config, model_config, self._mesh.ep, device)
         with phases.run("self-test"):
-            run_self_test(self._mesh, device, moe_check=lambda: check_experts(self._mesh.ep, device))
+            build = partial(build_dispatcher, symmetric=symmetric)
+            run_self_test(self._mesh, device, moe_check=lambda: check_experts(self._mesh.ep, device, build))
         with phases.run("weights", deadline_s=config.weights_timeout_s):
-            model = load_model(config, directory, model_config, self._mesh, platform, device)
+            model = load_model(config, directory, model_config, self._mesh, platform, device, symmetric=symmetric)
         policy = self._build_policy(model_config)
         exchange_of = exchange_under(policy)
         with phases.run("workspace", deadline_s=config.weights_timeout_s):  # compiles kernels, where there are any

@@ -44,18 +44,15 @@ def grouped_mlp_w8a8_quantized(
     down_scale: torch.Tensor,
     num_tokens_per_expert: torch.Tensor,
     out_dtype: torch.dtype,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_w8a8.grouped_mlp_w8a8_quantized``."""
-    matrices = gate_up_proj, gate_up_scale, down_proj, down_scale
-    return _w8a8_of(x).grouped_mlp_w8a8_quantized(x, x_scale, *matrices, num_tokens_per_expert, out_dtype)
-
-
-def _w8a8_of(x: torch.Tensor) -> ModuleType:
+    """See ``reference_w8a8.grouped_mlp_w8a8_quantized``. ``num_expected_rows``: see ``choice.grouped_mlp_w8a8``."""
+    inputs = x, x_scale, gate_up_proj, gate_up_scale, down_proj, down_scale, num_tokens_per_expert, out_dtype
     if not has_kernels(x):
-        return reference_w8a8 if x.is_cpu else device_w8a8
+        return (reference_w8a8 if x.is_cpu else device_w8a8).grouped_mlp_w8a8_quantized(*inputs)
     from argosy.kernels.triton import w8a8
 
-    return w8a8
+    return w8a8.grouped_mlp_w8a8_quantized(*inputs, num_expected_rows)
 
 
 # --- FP8 with a scale per 128 numbers ---------------------------------------------------------------------------------
@@ -113,14 +110,17 @@ def grouped_mlp_fp8_quantized(
     out_dtype: torch.dtype,
     *,
     has_ue8m0_scales: bool,
+    num_expected_rows: int | None = None,
 ) -> torch.Tensor:
-    """See ``reference_fp8.grouped_mlp_fp8_quantized``."""
+    """See ``reference_fp8.grouped_mlp_fp8_quantized``. ``num_expected_rows``: see ``choice.grouped_mlp_w8a8``."""
     matrices = gate_up_proj, gate_up_scale_inv, down_proj, down_scale_inv
-    chosen = reference_fp8
-    if has_kernels(x):
-        from argosy.kernels.triton import fp8 as chosen
-    return chosen.grouped_mlp_fp8_quantized(
-        x, x_scale, *matrices, num_tokens_per_expert, out_dtype, has_ue8m0_scales=has_ue8m0_scales
+    inputs = x, x_scale, *matrices, num_tokens_per_expert, out_dtype
+    if not has_kernels(x):
+        return reference_fp8.grouped_mlp_fp8_quantized(*inputs, has_ue8m0_scales=has_ue8m0_scales)
+    from argosy.kernels.triton import fp8
+
+    return fp8.grouped_mlp_fp8_quantized(
+        *inputs, has_ue8m0_scales=has_ue8m0_scales, num_expected_rows=num_expected_rows
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from argosy.kernels.compilations import CompilationCounter, LateCompilations, NoCompilations, Report
 
 if TYPE_CHECKING:
+    from argosy.kernels.triton.one_sided import TritonOneSidedOps
     from argosy.kernels.triton.row_ops import TritonRowOps
 
 SumRows = TypeVar("SumRows", bound=Callable[..., torch.Tensor])
@@ -34,6 +35,22 @@ def select_row_ops(device_type: str) -> "TritonRowOps | None":
     from argosy.kernels.triton.row_ops import TritonRowOps
 
     return TritonRowOps()
+
+
+def select_one_sided_ops(device_type: str) -> "TritonOneSidedOps":
+    """For ``SymmetricTransport``: kernels that reach into other ranks' memory, which only CUDA's can.
+
+    Raises:
+        ValueError: there are none for such devices.
+    """
+    if device_type != "cuda":
+        raise ValueError(
+            f"ll_transport symmetric needs NVIDIA cards that reach each other's memory, and ranks are on"
+            f" {device_type!r}; set --ll-transport collective"
+        )
+    from argosy.kernels.triton.one_sided import TritonOneSidedOps
+
+    return TritonOneSidedOps()
 
 
 def select_max_whole_tokens(device_type: str, dtype: torch.dtype) -> int:

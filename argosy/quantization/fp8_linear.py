@@ -59,11 +59,12 @@ class FP8BlockExperts(nn.Module):
         x, counts = dispatched.hidden_states, dispatched.num_tokens_per_expert
         matrices = self.gate_up_proj, self.gate_up_proj_scale_inv, self.down_proj, self.down_proj_scale_inv
         has_ue8m0_scales, rows = self.preparation.has_ue8m0_scales, dispatched.quantized
-        if rows is not None:
-            return grouped_mlp_fp8_quantized(
-                rows.numbers, rows.scale, *matrices, counts, rows.dtype, has_ue8m0_scales=has_ue8m0_scales
-            )
         num_expected_rows = dispatched.num_expected_rows
+        if rows is not None:
+            inputs = rows.numbers, rows.scale, *matrices, counts, rows.dtype
+            return grouped_mlp_fp8_quantized(
+                *inputs, has_ue8m0_scales=has_ue8m0_scales, num_expected_rows=num_expected_rows
+            )
         if dispatched.is_padded:  # whole capacities
             counts, num_expected_rows = torch.full_like(counts, x.shape[1]), None
         out = grouped_mlp_fp8(

@@ -27,11 +27,13 @@ class W8A8Experts(nn.Module):
         """-> the experts' output in the form of ``dispatched.hidden_states``: [M, D] or [e, capacity, D]."""
         matrices = self.gate_up_proj, self.gate_up_proj_scale, self.down_proj, self.down_proj_scale
         counts, rows = dispatched.num_tokens_per_expert, dispatched.quantized
+        num_expected_rows = dispatched.num_expected_rows
         if rows is not None:
-            return grouped_mlp_w8a8_quantized(rows.numbers, rows.scale, *matrices, counts, rows.dtype)
+            inputs = rows.numbers, rows.scale, *matrices, counts, rows.dtype
+            return grouped_mlp_w8a8_quantized(*inputs, num_expected_rows)
         if dispatched.is_padded:
             return grouped_mlp_w8a8_masked(dispatched.hidden_states, *matrices, counts)
-        return grouped_mlp_w8a8(dispatched.hidden_states, *matrices, counts, dispatched.num_expected_rows)
+        return grouped_mlp_w8a8(dispatched.hidden_states, *matrices, counts, num_expected_rows)
 
 
 def _empty_matrices(num_experts: int, out_size: int, in_size: int) -> tuple[nn.Parameter, nn.Parameter]:

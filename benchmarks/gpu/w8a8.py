@@ -70,11 +70,18 @@ FEW_ROWS_TILES = {
         SplitTile(16, 128, 256, 5, 4, 1024),
     ),
     32: (SplitTile(32, 64, 256, 8, 4, 512), SplitTile(32, 128, 256, 5, 4, 1024), NarrowTile(32, 512, 6, 4, 32)),
-    64: (SplitTile(64, 64, 128, 10, 4, 512), SplitTile(64, 256, 128, 5, 8, 1024), SplitTile(64, 128, 128, 6, 4, 2048)),
+    64: (
+        SplitTile(64, 128, 128, 6, 4, 512),
+        SplitTile(64, 128, 128, 4, 4, 512, num_resident=2),
+        SplitTile(64, 64, 128, 4, 4, 512, num_resident=3),
+        SplitTile(64, 256, 128, 5, 8, 512),
+        SplitTile(64, 256, 64, 5, 8, 512, num_resident=2),
+    ),
     128: (
-        SplitTile(128, 128, 128, 6, 8, 2048),
+        SplitTile(128, 128, 128, 6, 8, 1024),
+        SplitTile(128, 128, 128, 3, 8, 512, num_resident=2),
+        SplitTile(128, 128, 64, 6, 8, 512, num_resident=2),
         SplitTile(128, 256, 128, 4, 8, 1024),
-        SplitTile(128, 64, 128, 8, 4, 2048),
     ),
     256: (SplitTile(256, 128, 128, 4, 8, 2048), SplitTile(256, 64, 128, 4, 8, 2048)),
 }
@@ -194,7 +201,8 @@ def describe_tile(tile: Tile | HopperTile | NarrowTile | SplitTile) -> str:
     kind = {Tile: "", NarrowTile: " narrow", SplitTile: " split"}[type(tile)]
     shape = f"{tile.block_rows}x{tile.block_n}x{tile.block_k} s{tile.num_stages} w{tile.num_warps}"
     if isinstance(tile, SplitTile):
-        return f"tile{kind} {shape} {'whole' if tile.min_split == WHOLE else f'k{tile.min_split}'}"
+        residents = f" x{tile.num_resident}" if tile.num_resident > 1 else ""
+        return f"tile{kind} {shape} {'whole' if tile.min_split == WHOLE else f'k{tile.min_split}'}{residents}"
     if isinstance(tile, NarrowTile):
         return f"tile{kind} {shape}"
     tail, flat = f" tail{tile.tail_rows}" if tile.tail_rows else "", " flat" if tile.is_flat else ""

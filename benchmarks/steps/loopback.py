@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from argosy.distributed.communicator import Communicator
-from argosy.distributed.ep_types import WORD_BYTES
+from argosy.distributed.ep_payload import FP8_BLOCK_SIZE
+from argosy.distributed.ep_types import ROW_ALIGNMENT_WORDS, WORD_BYTES
 from argosy.distributed.flight_recorder import FlightRecorder
 from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
@@ -24,14 +25,16 @@ from benchmarks.steps.routing import draw_even
 
 
 class EvenLoopback(Communicator):
-    """The ep axis of rank 0. Messages are ``ep_message.py``'s, with the payload in the model's dtype."""
+    """The ep axis of rank 0. Messages are ``ep_message.py``'s, with the payload in the model's dtype, or in 8 bits with
+    ``num_scales`` a row."""
 
-    def __init__(self, size: int, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, config: ModelConfig, dtype: torch.dtype, num_scales: int = 0) -> None:
         super().__init__("ep", tuple(range(size)), 0, group=None, host_group=None, recorder=FlightRecorder(capacity=1))
         self._config = config
         self._dtype = dtype
-        self._first_id = config.hidden_size * dtype.itemsize // WORD_BYTES
-        self._end_ids = self._first_id + config.num_experts_per_tok
+        hidden_words = config.hidden_size // WORD_BYTES
+        payloads = (hidden_words * dtype.itemsize, hidden_words + num_scales)
+        self._payload_of = {self._row_words(payload): payload for payload in payloads}
         # Shared by all layers: they run one after another.
         self._gathered: dict[tuple[int, ...], torch.Tensor] = {}
         self._shifts: dict[tuple[int, ...], torch.Tensor] = {}
@@ -50,7 +53,7 @@ class EvenLoopback(Communicator):
         """Rows for rank r come back as rows of rank r: of its experts' ids they make this rank's. Sums come back as
         they are."""
         if x.dtype == torch.int32 and x.shape[0]:
-            ids = x[:, self._first_id : self._end_ids]
+            ids = self._ids_of(x)
             ids.sub_(self._shift(send_counts, x.device)).remainder_(self._config.n_routed_experts)
         return Ready(x)
 
@@ -63,21 +66,39 @@ class EvenLoopback(Communicator):
             self._shifts[key] = first.repeat_interleave(torch.tensor(key)).unsqueeze(1).to(device)
         return self._shifts[key]
 
+    def _row_words(self, payload_words: int) -> int:
+        num_words = payload_words + 2 * self._config.num_experts_per_tok
+        return num_words + -num_words % ROW_ALIGNMENT_WORDS
+
+    def _ids_of(self, messages: torch.Tensor) -> torch.Tensor:
+        first = self._payload_of[messages.shape[1]]
+        return messages[:, first : first + self._config.num_experts_per_tok]
+
     def _draw_messages(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = self.size * x.shape[0]
+        num_rows, num_ids = self.size * x.shape[0], self._config.num_experts_per_tok
         messages = torch.zeros(num_rows, x.shape[1], dtype=torch.int32, device=x.device)
-        payload = torch.randn(num_rows, self._config.hidden_size, device=x.device).to(self._dtype)
-        messages[:, : self._first_id] = payload.view(torch.int32)
-        messages[:, self._first_id : self._end_ids] = draw_even(self._config, num_rows, seed=1).to(x.device)
-        weights = torch.full(
-            (num_rows, self._config.num_experts_per_tok), 1 / self._config.num_experts_per_tok, device=x.device
-        )
-        end_weights = self._end_ids + self._config.num_experts_per_tok
-        messages[:, self._end_ids : end_weights] = weights.view(torch.int32)
+        payload = self._draw_payload(num_rows, self._payload_of[x.shape[1]], x.device)
+        messages[:, : payload.shape[1]] = payload
+        self._ids_of(messages).copy_(draw_even(self._config, num_rows, seed=1))
+        weights = torch.full((num_rows, num_ids), 1 / num_ids, device=x.device)
+        first_weight = payload.shape[1] + num_ids
+        messages[:, first_weight : first_weight + num_ids] = weights.view(torch.int32)
         return messages
 
+    def _draw_payload(self, num_rows: int, num_words: int, device: torch.device) -> torch.Tensor:
+        """[num_rows, num_words] int32."""
+        hidden_size = self._config.hidden_size
+        if num_words * WORD_BYTES == hidden_size * self._dtype.itemsize:
+            return torch.randn(num_rows, hidden_size, device=device).to(self._dtype).view(torch.int32)
+        # Bytes that are numbers in INT8 as in e4m3, of both signs.
+        numbers = torch.randint(100, (num_rows, hidden_size), dtype=torch.uint8, device=device)
+        numbers += torch.randint(2, numbers.shape, dtype=torch.uint8, device=device) * 128
+        scales = torch.full((num_rows, num_words - hidden_size // WORD_BYTES), 0.01, device=device)
+        return torch.cat((numbers.view(torch.int32), scales.view(torch.int32)), dim=1)
 
-def loopback_mesh(size: int, config: ModelConfig, dtype: torch.dtype) -> ParallelMesh:
-    """Rank 0 of ``size`` replicas of one rank each, which share the experts."""
+
+def loopback_mesh(size: int, config: ModelConfig, dtype: torch.dtype, quantization: str = "none") -> ParallelMesh:
+    """Rank 0 of ``size`` replicas of one rank each, which share the experts. ``quantization``: theirs."""
     mesh = ParallelMesh.unconnected(ParallelLayout(dp_size=size), 0)
-    return dataclasses.replace(mesh, ep=EvenLoopback(size, config, dtype))
+    num_scales = {"none": 0, "w8a8": 1, "fp8_block": -(-config.hidden_size // FP8_BLOCK_SIZE)}[quantization]
+    return dataclasses.replace(mesh, ep=EvenLoopback(size, config, dtype, num_scales))

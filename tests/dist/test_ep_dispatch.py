@@ -1,6 +1,7 @@
 """Dispatch -> experts -> combine on 2 to 16 ranks against every expert on every token, written out on one."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from argosy.distributed.ep_arrange import ExpertLayout
 from argosy.distributed.ep_dispatch import MAX_PADDED_ROWS, build_dispatcher
 from argosy.distributed.ep_local import LocalDispatcher
 from argosy.distributed.ep_payload import PayloadKind, build_payload
+from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_types import EXCHANGE_MODES, ExchangeMode, ExchangePlan
 from argosy.distributed.expert_load import ExpertLoad
+from argosy.quantization.fp8_linear import FP8BlockExperts
+from argosy.quantization.w8a8_grouped_gemm import W8A8Experts
 from tests.helpers.ep_cases import Case, Routing, decoded, poison_unowned_rows
 from tests.helpers.rank_pool import PoolContext, RankPool
 from tests.helpers.tolerance import FP32_OP_ATOL
@@ -32,8 +36,11 @@ def route_trip(
     dispatched = dispatcher.start_dispatch(x.to(dtype), topk_ids, topk_weights, plan).wait()
     assert dispatched.is_padded == (mode == "low_latency" and layout == "padded")
     expert_out = case.local_experts(ep.rank).to(dtype)(dispatched)
-    out = dispatcher.start_combine(poison_unowned_rows(expert_out, dispatched), dispatched.handle).wait()
+    expert_out = poison_unowned_rows(expert_out, dispatched)
+    out = dispatcher.start_combine(expert_out, dispatched.handle).wait()
     assert out.dtype == torch.float32
+    addend = x.to(dtype).flip(0)
+    assert torch.equal(dispatcher.combine_onto(expert_out, dispatched.handle, addend), (out + addend).to(dtype))
     return out
 
 
@@ -95,6 +102,44 @@ def test_bf16_stays_close_to_float32(rank_pool: RankPool) -> None:
         for form, out in outputs.items():
             error = (out.flatten() - expected).norm() / expected.norm().clamp(min=1e-9)
             assert error < 0.02, (rank, form, error)
+
+
+def quantised_trips(context: PoolContext, case: Case, kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """By mode: what comes home of rows that were quantised before they travelled, and of rows that were not."""
+    ep = context.communicator()
+    x, topk_ids, topk_weights = case.tokens(ep.rank)
+    shape = case.num_local_experts, case.hidden_size, case.hidden_size
+    experts = W8A8Experts(*shape) if kind == "w8a8" else FP8BlockExperts(*shape, has_ue8m0_scales=True)
+    generator = torch.Generator().manual_seed(ep.rank)
+    for parameter in experts.parameters():
+        if parameter.dtype == torch.int8:
+            parameter.data.random_(-127, 128, generator=generator)
+        else:
+            parameter.data.copy_(torch.rand(parameter.shape, generator=generator) * 0.02)
+    build = partial(build_dispatcher, ep, case.num_experts)
+    dispatcher = build(low_latency_layout="sorted", row_ops=TorchRowOps())
+    assert dispatcher.takes_quantized
+    assert not build(low_latency_layout="sorted", row_ops=TorchRowOps(), payload="int8").takes_quantized
+    assert not build(low_latency_layout="padded", row_ops=TorchRowOps()).takes_quantized
+    trips = []
+    for mode in EXCHANGE_MODES:
+        homes = []
+        for rows in (experts.preparation.prepare(x), x):
+            plan = ExchangePlan(mode, max(case.num_tokens))
+            dispatched = dispatcher.start_dispatch(rows, topk_ids, topk_weights, plan).wait()
+            assert (dispatched.quantized is None) == (rows is x)
+            out = poison_unowned_rows(experts(dispatched), dispatched)
+            homes.append(dispatcher.start_combine(out, dispatched.handle).wait())
+        trips.append((homes[0], homes[1]))
+    return trips
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "fp8_block"])
+def test_rows_quantised_for_the_experts_travel_as_they_are(rank_pool: RankPool, kind: str) -> None:
+    case = replace(UNEVEN, routing="some_none", hidden_size=256)
+    for trips in rank_pool.run(quantised_trips, case, kind, world=case.world):
+        for quantised, plain in trips:
+            assert torch.equal(quantised, plain)
 
 
 def received_tokens(context: PoolContext, case: Case, mode: ExchangeMode) -> tuple[dict[str, int], dict[str, int], int]:

@@ -99,8 +99,8 @@ def test_an_unknown_payload_is_refused() -> None:
 class KeepSums:
     """A return path that ends here."""
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
-        return Ready(partial_sums)
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        return Ready(partial_sums if addend is None else partial_sums + addend)
 
 
 def arrange_here(received: ReceivedRows, *, is_padded: bool) -> DispatchedTokens:

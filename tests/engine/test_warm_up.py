@@ -90,7 +90,7 @@ def pretended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if kind != "none":
         quantization = CheckpointQuantization(kind=kind, has_ue8m0_scales=True)
     with pretend_card() as launches:
-        mesh = loopback_mesh(num_ranks, config, torch.bfloat16) if num_ranks > 1 else None
+        mesh = loopback_mesh(num_ranks, config, torch.bfloat16, kind) if num_ranks > 1 else None
         model = DeepseekV32Model(config, torch.bfloat16, mesh, quantization=quantization).eval()
         yield Trials(model, config, launches, kv_cache_dtype)
 

@@ -42,8 +42,8 @@ def fused() -> RowOps:
 class NoReturn:
     """A return path that ends here."""
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
-        return Ready(partial_sums)
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        return Ready(partial_sums if addend is None else partial_sums + addend)
 
 
 def draw_tokens(
@@ -60,6 +60,14 @@ def draw_tokens(
 
 def pack(num_tokens: int, payload: PayloadKind = "model", hidden_size: int = 72, k: int = 3) -> PackedTokens:
     return pack_tokens(*draw_tokens(num_tokens, hidden_size, k), build_payload(payload))
+
+
+def pack_quantized(num_tokens: int, k: int, num_scales: int) -> PackedTokens:
+    _, ids, weights = draw_tokens(num_tokens, k=k)
+    dtype = torch.int8 if num_scales == 1 else torch.float8_e4m3fn
+    numbers = torch.randint(0, 100, (num_tokens, 144), dtype=torch.int8).to(DEVICE).view(dtype)
+    scale = torch.rand(num_scales, num_tokens).to(DEVICE).t()  # columns contiguous
+    return pack_tokens(QuantizedRows(numbers, scale, torch.bfloat16), ids, weights, build_payload("model"))
 
 
 def owners() -> torch.Tensor:
@@ -108,10 +116,10 @@ def test_routes_are_counted(fused: RowOps, num_tokens: int) -> None:
     assert torch.equal(fused_places, places)
 
 
-@pytest.mark.parametrize("payload", ["model", "int8"])
+@pytest.mark.parametrize("payload", ["model", "int8", "quantised"])
 @pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
-def test_tokens_are_packed_for_each_rank_that_needs_them(fused: RowOps, num_tokens: int, payload: PayloadKind) -> None:
-    tokens = pack(num_tokens, payload)
+def test_tokens_are_packed_for_each_rank_that_needs_them(fused: RowOps, num_tokens: int, payload: str) -> None:
+    tokens = pack_quantized(num_tokens, 3, 5) if payload == "quantised" else pack(num_tokens, payload)  # type: ignore[arg-type]
     counts, places = count_routes(TWIN, tokens.topk_ids)
 
     def num_rows() -> int:
@@ -158,7 +166,7 @@ def test_quantised_rows_stand_by_expert_with_their_scales(fused: RowOps, num_row
     numbers = torch.randint(0, 100, (num_rows, 144), dtype=torch.int8).to(DEVICE).view(dtype)
     scale = torch.rand(num_scales, num_rows).to(DEVICE).t()  # columns contiguous
     expert_map = torch.arange(NUM_EXPERTS + 1, dtype=torch.int32, device=DEVICE)
-    arguments = QuantizedRows(numbers, scale, torch.bfloat16), ids, expert_map, NUM_EXPERTS
+    arguments = QuantizedRows(numbers, scale, torch.bfloat16), ids, None, expert_map, NUM_EXPERTS
     rows, counts, row_ids = TWIN.arrange_quantized(*arguments)
     fused_rows, fused_counts, fused_ids = fused.arrange_quantized(*arguments)
     num_owned = int((ids >= 0).sum())
@@ -168,6 +176,27 @@ def test_quantised_rows_stand_by_expert_with_their_scales(fused: RowOps, num_row
     found, expected = (part.numbers[:num_owned].view(torch.uint8) for part in (fused_rows, rows))
     assert torch.equal(found, expected)
     assert torch.equal(fused_rows.scale[:num_owned], rows.scale[:num_owned])
+
+
+@pytest.mark.parametrize("num_scales", [1, 5])
+@pytest.mark.parametrize(("num_rows", "k"), [(7, 3), (128, 8), (420, 20)])
+def test_received_rows_in_eight_bits_stand_by_expert(fused: RowOps, num_rows: int, k: int, num_scales: int) -> None:
+    tokens = pack_quantized(num_rows, k, num_scales)
+    message = TWIN.pack_rows(tokens, num_rows + 2)
+    assert torch.equal(fused.pack_rows(tokens, num_rows + 2), message)
+    x, ids, _ = unpack(message, tokens, build_payload("model"))  # strided, with two empty rows
+    assert isinstance(x, QuantizedRows)
+    expert_map = torch.full((NUM_EXPERTS + 1,), 4, dtype=torch.int32, device=DEVICE)
+    expert_map[8:12] = torch.arange(4, device=DEVICE)
+    num_local = int((expert_map[tokens.topk_ids] < 4).sum())
+    for known in (None, num_local):
+        rows, counts, row_ids = TWIN.arrange_quantized(x, ids, known, expert_map, 4)
+        fused_rows, fused_counts, fused_ids = fused.arrange_quantized(x, ids, known, expert_map, 4)
+        assert torch.equal(fused_counts, counts) and torch.equal(fused_ids, row_ids)
+        assert len(fused_rows.numbers) == len(fused_rows.scale) == (ids.numel() if known is None else known)
+        found, expected = (part.numbers[:num_local].view(torch.uint8) for part in (fused_rows, rows))
+        assert torch.equal(found, expected)
+        assert torch.equal(fused_rows.scale[:num_local], rows.scale[:num_local])
 
 
 @pytest.mark.parametrize("hidden_size", [72, 7168])
@@ -181,24 +210,33 @@ def test_parts_are_summed(fused: RowOps, num_rows: int, dtype: torch.dtype, hidd
         out = fused.sum_parts(parts, num_rows)
         assert out.dtype == torch.float32
         torch.testing.assert_close(out, TWIN.sum_parts(parts, num_rows), atol=FP32_OP_ATOL, rtol=1e-5)
+        addend = torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
+        onto = fused.sum_parts(parts, num_rows, addend)
+        # The interpreter cuts bfloat16 off instead of rounding.
+        tolerance = 2**-7 if IS_INTERPRETED and dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(onto, (out + addend).to(dtype), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("hidden_size", [72, 1536])
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("hidden_size", [72, 1536, 8320])
 @pytest.mark.parametrize("num_lines", [0, 1, 7, 40])
-def test_rows_are_summed(num_lines: int, hidden_size: int) -> None:
+def test_rows_are_summed(num_lines: int, hidden_size: int, is_sparse: bool) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(num_lines)
     around = torch.randn(31, hidden_size, generator=generator).to(DEVICE, torch.bfloat16)
     around[0] = around[30] = float("nan")  # nobody's; the first is where an id of -1 would read
     rows = around[1:]
     row_ids = torch.randint(-1, 29, (num_lines, 5), generator=generator).to(DEVICE)
+    if is_sparse:
+        row_ids[torch.rand(num_lines, 5, generator=generator).to(DEVICE) < 0.8] = -1
+        row_ids[:3] = -1
     weights = torch.rand(num_lines, 5, generator=generator).to(DEVICE)
     sum_rows = select_sum_rows("cuda", sum_rows_in_torch)
     for factors in (weights, None):
-        out = sum_rows(rows, row_ids, factors, torch.float32)
+        out = sum_rows(rows, row_ids, factors, torch.float32, is_sparse=is_sparse)
         expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32)
         torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)
         addend = torch.randn(num_lines, hidden_size, generator=generator).to(DEVICE, torch.bfloat16)
-        out = sum_rows(rows, row_ids, factors, torch.float32, addend)
+        out = sum_rows(rows, row_ids, factors, torch.float32, addend, is_sparse=is_sparse)
         expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32, addend)
         torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)

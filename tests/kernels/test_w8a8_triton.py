@@ -6,6 +6,8 @@ interpreter of its own, ``tests/helpers/gluon_interpreter.py``):
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_w8a8_triton.py
 """
 
+import dataclasses
+import itertools
 import os
 import re
 from types import ModuleType
@@ -116,14 +118,17 @@ def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -
 )
 def test_splits_fill_a_card_once(few_rows: ModuleType, size: tuple[int, int]) -> None:
     in_features, out_features = size
-    for tile in few_rows.SPLIT_TILES:
+    for each, num_resident in itertools.product(few_rows.SPLIT_TILES, (1, 2)):
+        tile = dataclasses.replace(each, num_resident=num_resident)
+        num_programs = 132 * num_resident
         split = few_rows.choose_split(tile, *size, 132)
         num_columns, num_splits = -(-out_features // tile.block_n), -(-in_features // split)
         assert split % tile.block_k == 0 and (num_splits - 1) * split < in_features
-        assert num_splits == 1 or num_columns * num_splits <= 132
+        assert num_splits == 1 or num_columns * num_splits <= num_programs
         assert num_splits == 1 or split >= tile.min_split
         # One more block of K for each program would not leave a program less: no split is longer than it must be.
-        assert num_columns >= 66 or split <= max(tile.min_split, in_features * num_columns / 66) + tile.block_k
+        longest = max(tile.min_split, in_features * num_columns / (num_programs / 2)) + tile.block_k
+        assert num_columns >= num_programs / 2 or split <= longest
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="device graphs and streams need a card")

@@ -93,10 +93,21 @@ def test_low_latency_never_contradicts_low_latency_always() -> None:
 
 
 @pytest.mark.parametrize(
+    "place", [{"device": "cpu"}, {"nnodes": 2, "dp_size": 2, "master_addr": "host", "master_port": 5000}]
+)
+def test_shared_memory_needs_cards_of_one_node(place: dict[str, object]) -> None:
+    build({"ll_transport": "collective"} | place)
+    assert build({"ll_transport": "symmetric", "dp_size": 2}).ll_transport == "symmetric"
+    with pytest.raises(ValueError, match="^ll_transport symmetric needs NVIDIA cards of one node.*--ll-transport coll"):
+        build({"ll_transport": "symmetric"} | place)
+
+
+@pytest.mark.parametrize(
     ("name", "known"),
     [
         ("ep_mode", "auto, low_latency, high_throughput, all_gather"),
         ("ep_payload", "model, int8, fp8"),
+        ("ll_transport", "collective, symmetric"),
     ],
 )
 def test_unknown_choice_is_refused(name: str, known: str) -> None:

@@ -14,8 +14,8 @@ NUM_EXPERTS, NUM_LOCAL, TOP_K, HIDDEN = 32, 4, 8, 16
 class NoReturn:
     """A return path that ends here."""
 
-    def start(self, partial_sums: torch.Tensor) -> Pending[torch.Tensor]:
-        return Ready(partial_sums)
+    def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
+        return Ready(partial_sums if addend is None else partial_sums + addend)
 
 
 def dispatch(num_rows: int, num_local_entries: int | None, *, is_padded: bool = False) -> DispatchedTokens:

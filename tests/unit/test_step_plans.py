@@ -10,8 +10,10 @@ from torch.autograd import DeviceType
 
 from argosy.config import CacheDTypes
 from argosy.distributed.ep_dispatch import build_dispatcher
-from argosy.distributed.ep_types import ExchangeMode, ExchangePlan
+from argosy.distributed.ep_row_ops import TorchRowOps
+from argosy.distributed.ep_types import ExchangeMode, ExchangePlan, QuantizedRows
 from argosy.models.deepseek.config import ModelConfig, parse_model_config
+from argosy.quantization.preparation import FP8Preparation, Int8Preparation, NoPreparation, Preparation
 from argosy.runner.row_table import RowTable
 from benchmarks.steps.floors import CacheSizes, ExpertSizes, StepSizes, floors_us, linear_flop_per_token
 from benchmarks.steps.loopback import EvenLoopback
@@ -209,21 +211,28 @@ def test_imbalance_is_the_busiest_expert_over_the_mean() -> None:
     assert imbalance(torch.tensor([[0, 1], [0, 2], [3, 3]]), 4, 2) == 2.0
 
 
+@pytest.mark.parametrize("preparation", [NoPreparation(), Int8Preparation(), FP8Preparation(True)], ids=str)
 @pytest.mark.parametrize("mode", ["low_latency", "high_throughput"])
-def test_a_looped_back_rank_gets_as_many_rows_as_a_real_one(mode: ExchangeMode) -> None:
+def test_a_looped_back_rank_gets_as_many_rows_as_a_real_one(mode: ExchangeMode, preparation: Preparation) -> None:
     tiny, num_tokens = config(is_tiny=True), 200
-    dispatcher = build_dispatcher(
-        EvenLoopback(16, tiny, torch.float32), tiny.n_routed_experts, low_latency_layout="sorted"
-    )
     x = torch.randn(num_tokens, tiny.hidden_size)
+    rows = preparation.prepare(x)
+    assert isinstance(rows, torch.Tensor | QuantizedRows)
+    num_scales = rows.scale.shape[1] if isinstance(rows, QuantizedRows) else 0
+    dispatcher = build_dispatcher(
+        EvenLoopback(16, tiny, torch.float32, num_scales),
+        tiny.n_routed_experts,
+        low_latency_layout="sorted",
+        row_ops=TorchRowOps(),
+    )
     ids = draw_even(tiny, num_tokens, seed=5)
     weights = torch.full(ids.shape, 0.125)
     for _ in range(2):  # what is kept between exchanges must serve again
-        dispatched = dispatcher.start_dispatch(x, ids, weights, ExchangePlan(mode, num_tokens)).wait()
+        dispatched = dispatcher.start_dispatch(rows, ids, weights, ExchangePlan(mode, num_tokens)).wait()
         counts = dispatched.num_tokens_per_expert
         assert counts.shape == (4,)  # 64 experts on 16 ranks
         exact = mode == "high_throughput"
         assert counts.sum().item() == pytest.approx(8 * num_tokens, rel=0.0 if exact else 0.1)
         assert counts.max().item() < 1.25 * counts.double().mean().item()
-        home = dispatcher.start_combine(dispatched.hidden_states, dispatched.handle).wait()
+        home = dispatcher.start_combine(dispatched.hidden_states.float(), dispatched.handle).wait()
         assert home.shape == x.shape and home.isfinite().all()

@@ -14,8 +14,10 @@ import triton.language as tl
 from argosy.kernels.triton.arrange_few_rows import MAX_ENTRIES, arrange_few_rows
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
-BLOCK_SIZE = 2048
-NUM_WARPS = 4
+# Numbers of a row that a program copies, and its warps: where all rows have experts, and where most have none, and
+# finding that out costs more than copying the others. Not measured yet.
+WHOLE_BLOCK, WHOLE_WARPS = 2048, 4
+SHARE_BLOCK, SHARE_WARPS = 8192, 4
 # Entries that one program of the count reads at once, and its warps: for a decode step, and for more.
 FEW_ENTRIES, FEW_WARPS = 1024, 4
 MANY_ENTRIES, MANY_WARPS = 8192, 32
@@ -35,14 +37,20 @@ def arrange_sorted(
 
 
 def arrange_scaled(
-    x: torch.Tensor, scale: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    num_local_experts: int,
+    num_rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``arrange_sorted``, for rows in 8 bits: ``x: [N, D]``, ``scale: [N, G]`` f32 of any strides.
 
-    -> rows [N * K, D], their scales [N * K, G], whose columns are contiguous, counts, row_ids.
+    -> rows [num_rows, D], their scales [num_rows, G], whose columns are contiguous, counts, row_ids.
     """
-    rows = x.new_empty(topk_ids.numel(), x.shape[1])
-    row_scale = scale.new_empty(scale.shape[1], topk_ids.numel()).t()
+    num_rows = topk_ids.numel() if num_rows is None else num_rows
+    rows = x.new_empty(num_rows, x.shape[1])
+    row_scale = scale.new_empty(scale.shape[1], num_rows).t()
     counts, row_ids = _arrange(x, topk_ids, expert_map, rows, num_local_experts, (scale, row_scale))
     return rows, row_scale, counts, row_ids
 
@@ -117,7 +125,9 @@ def _copy_rows(
     row_ids = topk_ids.new_empty(topk_ids.shape, dtype=torch.int64)
     if topk_ids.shape[0] == 0:
         return row_ids
-    num_blocks = triton.cdiv(x.shape[1], BLOCK_SIZE)
+    is_share = num_local_experts < expert_map.shape[0] - 1
+    block = min(SHARE_BLOCK, triton.next_power_of_2(x.shape[1])) if is_share else WHOLE_BLOCK
+    num_blocks = triton.cdiv(x.shape[1], block)
     num_scales = scales[0].shape[1] if scales else 0
     scale, row_scale = scales or (x, rows)  # a launch needs pointers
     _copy_rows_kernel[(x.shape[0] * num_blocks,)](
@@ -145,9 +155,9 @@ def _copy_rows(
         NUM_SCALES=num_scales,
         BLOCK_SCALES=triton.next_power_of_2(max(1, num_scales)),
         NUM_BLOCKS=num_blocks,
-        BLOCK=BLOCK_SIZE,
-        IS_SHARE=num_local_experts < expert_map.shape[0] - 1,
-        num_warps=NUM_WARPS,
+        BLOCK=block,
+        IS_SHARE=is_share,
+        num_warps=SHARE_WARPS if is_share else WHOLE_WARPS,
         launch_pdl=IS_ON,
     )
     return row_ids
@@ -228,27 +238,28 @@ def _copy_rows_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     columns = block * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < hidden_size
+    slots = tl.arange(0, BLOCK_IDS)
+    is_slot = slots < NUM_IDS
+    ids = tl.load(topk_ids + source * id_stride + slots * id_column_stride, mask=is_slot, other=-1)
+    local_ids = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
+    is_local = is_slot & (local_ids < num_local_experts)
     is_read = is_column
     if IS_SHARE:  # most rows have no expert here: finding that out takes a wait that whole ranks do without
-        id_columns = tl.arange(0, BLOCK_IDS)
-        is_id = id_columns < NUM_IDS
-        ids = tl.load(topk_ids + source * id_stride + id_columns * id_column_stride, mask=is_id, other=-1)
-        local_ids = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
-        is_read &= tl.min(local_ids) < num_local_experts
+        is_read &= tl.max(is_local.to(tl.int32)) > 0
     values = tl.load(x + source * x_stride + columns, mask=is_read, other=0)
     scale_columns = tl.arange(0, BLOCK_SCALES)
     is_scale = (scale_columns < NUM_SCALES) & (block == 0)
     if NUM_SCALES > 0:
         steps = tl.load(scale + source * scale_stride + scale_columns * scale_column_stride, mask=is_scale, other=0.0)
-    for k in tl.static_range(NUM_IDS):
-        expert_id = tl.load(topk_ids + source * id_stride + k * id_column_stride)
-        local = tl.load(expert_map + tl.where(expert_id < 0, num_experts, expert_id))
-        is_local = local < num_local_experts
-        place = tl.load(places + source * NUM_IDS + k, mask=is_local, other=0)
-        start = tl.load(starts + local, mask=is_local, other=0)
-        row = tl.where(is_local, start.to(tl.int64) + place, -1)
-        tl.store(rows + row * hidden_size + columns, values, mask=is_column & is_local)
-        if NUM_SCALES > 0:
-            scale_places = row_scale + row * row_scale_stride + scale_columns * row_scale_column_stride
-            tl.store(scale_places, steps, mask=is_scale & is_local)
-        tl.store(row_ids + source * NUM_IDS + k, row, mask=block == 0)
+    place = tl.load(places + source * NUM_IDS + slots, mask=is_local, other=0)
+    start = tl.load(starts + local_ids, mask=is_local, other=0)
+    row_of_slot = tl.where(is_local, start + place, -1)
+    tl.store(row_ids + source * NUM_IDS + slots, row_of_slot.to(tl.int64), mask=is_slot & (block == 0))
+    if tl.max(row_of_slot) >= 0:
+        for slot in tl.static_range(NUM_IDS):
+            row = tl.max(tl.where(slots == slot, row_of_slot, -1)).to(tl.int64)
+            if row >= 0:
+                tl.store(rows + row * hidden_size + columns, values, mask=is_column)
+                if NUM_SCALES > 0:
+                    scale_places = row_scale + row * row_scale_stride + scale_columns * row_scale_column_stride
+                    tl.store(scale_places, steps, mask=is_scale)

@@ -34,10 +34,11 @@ def pack_rows(
     message = topk_ids.new_empty(num_rows, row_words)
     if num_rows == 0:
         return message
-    words, weights = _join(payload), topk_weights.view(torch.int32)
+    (words, scales), weights = split_payload(payload), topk_weights.view(torch.int32)
     num_blocks = triton.cdiv(row_words, BLOCK_SIZE)
     _pack_rows_kernel[(num_rows * num_blocks,)](
         words,
+        scales,
         topk_ids,
         weights,
         message,
@@ -45,10 +46,13 @@ def pack_rows(
         words.shape[1],
         row_words,
         words.stride(0),
+        scales.stride(0),
+        scales.stride(1),
         topk_ids.stride(0),
         topk_ids.stride(1),
         weights.stride(0),
         weights.stride(1),
+        NUM_SCALES=scales.shape[1],
         NUM_IDS=topk_ids.shape[1],
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
@@ -100,10 +104,11 @@ def pack_routes(
     message = topk_ids.new_empty(num_tokens * min(num_ranks, topk_ids.shape[1]), row_words)
     sent_rows = places.new_empty(num_tokens, num_ranks, dtype=torch.int64)
     if num_tokens > 0:
-        words, weights = _join(payload), topk_weights.view(torch.int32)
+        (words, scales), weights = split_payload(payload), topk_weights.view(torch.int32)
         num_blocks = triton.cdiv(row_words, BLOCK_SIZE)
         _pack_routes_kernel[(num_tokens * num_blocks,)](
             words,
+            scales,
             topk_ids,
             weights,
             counts,
@@ -113,10 +118,13 @@ def pack_routes(
             words.shape[1],
             row_words,
             words.stride(0),
+            scales.stride(0),
+            scales.stride(1),
             topk_ids.stride(0),
             topk_ids.stride(1),
             weights.stride(0),
             weights.stride(1),
+            NUM_SCALES=scales.shape[1],
             NUM_IDS=topk_ids.shape[1],
             NUM_RANKS=num_ranks,
             NUM_BLOCKS=num_blocks,
@@ -126,14 +134,15 @@ def pack_routes(
     return message[: num_rows()], sent_rows
 
 
-def _join(payload: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A quantised payload's numbers and scales are small; the model's own dtype is one part already."""
-    return payload[0] if len(payload) == 1 else torch.cat(payload, dim=1)
+def split_payload(payload: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers, and their scales: [T, 0] of the model's own dtype, which has none."""
+    return (payload[0], payload[0][:, :0]) if len(payload) == 1 else payload
 
 
 @triton.jit
-def _load_words(
+def load_words(
     words,
+    scales,
     topk_ids,
     weights,
     token,
@@ -141,19 +150,26 @@ def _load_words(
     is_token,
     num_words,
     word_stride,
+    scale_stride,
+    scale_column_stride,
     id_stride,
     id_column_stride,
     weight_stride,
     weight_column_stride,
+    NUM_SCALES: tl.constexpr,  # noqa: N803
     NUM_IDS: tl.constexpr,  # noqa: N803
 ):
     """Columns of a token's row: payload, ids, weights, spare words of 0; without a token zeros and ids of -1."""
     is_word = columns < num_words
-    id_columns = columns - num_words
+    id_columns = columns - num_words - NUM_SCALES
     is_id = (id_columns >= 0) & (id_columns < NUM_IDS)
     weight_columns = id_columns - NUM_IDS
     is_weight = (weight_columns >= 0) & (weight_columns < NUM_IDS)
     values = tl.load(words + token * word_stride + columns, mask=is_word & is_token, other=0)
+    if NUM_SCALES > 0:
+        is_scale = (columns >= num_words) & (id_columns < 0)
+        places = scales + token * scale_stride + (columns - num_words) * scale_column_stride
+        values += tl.load(places, mask=is_scale & is_token, other=0)
     id_values = tl.load(topk_ids + token * id_stride + id_columns * id_column_stride, mask=is_id & is_token, other=-1)
     weight_values = tl.load(
         weights + token * weight_stride + weight_columns * weight_column_stride, mask=is_weight & is_token, other=0
@@ -161,9 +177,10 @@ def _load_words(
     return tl.where(is_id, id_values, tl.where(is_weight, weight_values, values))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "scale_column_stride"])
 def _pack_rows_kernel(
     words,
+    scales,
     topk_ids,
     weights,
     message,
@@ -171,18 +188,22 @@ def _pack_rows_kernel(
     num_words,
     row_words,
     word_stride,
+    scale_stride,
+    scale_column_stride,
     id_stride,
     id_column_stride,
     weight_stride,
     weight_column_stride,
+    NUM_SCALES: tl.constexpr,  # noqa: N803
     NUM_IDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    values = _load_words(
+    values = load_words(
         words,
+        scales,
         topk_ids,
         weights,
         row,
@@ -190,18 +211,22 @@ def _pack_rows_kernel(
         row < num_tokens,
         num_words,
         word_stride,
+        scale_stride,
+        scale_column_stride,
         id_stride,
         id_column_stride,
         weight_stride,
         weight_column_stride,
+        NUM_SCALES,
         NUM_IDS,
     )
     tl.store(message + row * row_words + columns, values, mask=columns < row_words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column_stride"])
 def _pack_routes_kernel(
     words,
+    scales,
     topk_ids,
     weights,
     counts,
@@ -211,10 +236,13 @@ def _pack_routes_kernel(
     num_words,
     row_words,
     word_stride,
+    scale_stride,
+    scale_column_stride,
     id_stride,
     id_column_stride,
     weight_stride,
     weight_column_stride,
+    NUM_SCALES: tl.constexpr,  # noqa: N803
     NUM_IDS: tl.constexpr,  # noqa: N803
     NUM_RANKS: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
@@ -223,8 +251,9 @@ def _pack_routes_kernel(
     token = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     block = tl.program_id(0) % NUM_BLOCKS
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    values = _load_words(
+    values = load_words(
         words,
+        scales,
         topk_ids,
         weights,
         token,
@@ -232,10 +261,13 @@ def _pack_routes_kernel(
         True,
         num_words,
         word_stride,
+        scale_stride,
+        scale_column_stride,
         id_stride,
         id_column_stride,
         weight_stride,
         weight_column_stride,
+        NUM_SCALES,
         NUM_IDS,
     )
     first = tl.zeros((), dtype=tl.int64)

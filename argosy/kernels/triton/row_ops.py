@@ -74,11 +74,18 @@ class TritonRowOps:
         return arrange_rows.arrange_sorted(x, topk_ids, expert_map, num_local_experts, num_local_entries)
 
     def arrange_quantized(
-        self, x: Rows, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
+        self,
+        x: Rows,
+        topk_ids: torch.Tensor,
+        num_local_entries: int | None,
+        expert_map: torch.Tensor,
+        num_local_experts: int,
     ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-        arranged = arrange_rows.arrange_scaled(x.numbers, x.scale, topk_ids, expert_map, num_local_experts)
+        arranged = arrange_rows.arrange_scaled(
+            x.numbers, x.scale, topk_ids, expert_map, num_local_experts, num_local_entries
+        )
         numbers, scale, counts, row_ids = arranged
         return replace(x, numbers=numbers, scale=scale), counts, row_ids
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return sum_parts(parts, num_rows)
+    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
+        return sum_parts(parts, num_rows, addend=addend)

@@ -1,8 +1,9 @@
 """The weighted sum of chosen rows, in one pass: what combine does to the experts' output, and to what comes home.
 
-In plain torch this gathers, widens, masks and multiplies, five passes over N * S rows; here each row is read once.
-Invariant: summands are added in float32 in the order of ``row_ids``, then the addend, so the result does not depend on
-the launch.
+In plain torch this gathers, widens, masks and multiplies, five passes over N * S rows; here each row is read once. Of
+rows that came from other ranks most have no expert here, and the others one or two: their lines take a way of their
+own, which spends nothing on what is not there. Invariant: summands are added in float32 in the order of ``row_ids``,
+then the addend, so the result does not depend on the launch.
 
 Shape letters: R rows, D hidden, N lines, S summands of a line.
 """
@@ -13,8 +14,10 @@ import triton.language as tl
 
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
-BLOCK_SIZE = 1024
-NUM_WARPS = 4
+# Numbers of a line that a program adds, and its warps: of full lines, whose rows are all read at once, and of sparse
+# ones, where looking for rows costs more than reading them. Not measured yet.
+FULL_BLOCK, FULL_WARPS = 1024, 4
+SPARSE_BLOCK, SPARSE_WARPS = 8192, 8
 
 
 def sum_rows(
@@ -23,11 +26,14 @@ def sum_rows(
     weights: torch.Tensor | None,
     dtype: torch.dtype,
     addend: torch.Tensor | None = None,
+    *,
+    is_sparse: bool = False,
 ) -> torch.Tensor:
     """``rows: [R, D]``, ``row_ids: [N, S]`` int (-1 none), ``weights: [N, S]`` f32 or None for ones, ``addend: [N, D]``
     of any float, contiguous, added last -> [N, D].
 
-    Rows that no id names are never read. ``row_ids`` and ``weights`` may be strided.
+    Rows that no id names are never read. ``row_ids`` and ``weights`` may be strided. ``is_sparse``: most ids are -1; it
+    decides how lines are worked on, and changes no number.
     """
     num_lines, num_summands = row_ids.shape
     hidden_size = rows.shape[1]
@@ -36,7 +42,8 @@ def sum_rows(
         return out
     has_weights = weights is not None
     factors = weights if weights is not None else row_ids  # never read without weights; a launch needs a pointer
-    num_blocks = triton.cdiv(hidden_size, BLOCK_SIZE)
+    block = min(SPARSE_BLOCK, triton.next_power_of_2(hidden_size)) if is_sparse else FULL_BLOCK
+    num_blocks = triton.cdiv(hidden_size, block)
     _sum_rows_kernel[(num_lines * num_blocks,)](
         rows,
         row_ids,
@@ -50,11 +57,13 @@ def sum_rows(
         factors.stride(0),
         factors.stride(1),
         NUM_SUMMANDS=num_summands,
+        PADDED_SUMMANDS=triton.next_power_of_2(num_summands),
         HAS_WEIGHTS=has_weights,
         HAS_ADDEND=addend is not None,
+        IS_SPARSE=is_sparse,
         NUM_BLOCKS=num_blocks,
-        BLOCK=BLOCK_SIZE,
-        num_warps=NUM_WARPS,
+        BLOCK=block,
+        num_warps=SPARSE_WARPS if is_sparse else FULL_WARPS,
         launch_pdl=IS_ON,
     )
     return out
@@ -74,8 +83,10 @@ def _sum_rows_kernel(
     weight_line_stride,
     weight_summand_stride,
     NUM_SUMMANDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    PADDED_SUMMANDS: tl.constexpr,  # noqa: N803
     HAS_WEIGHTS: tl.constexpr,  # noqa: N803
     HAS_ADDEND: tl.constexpr,  # noqa: N803
+    IS_SPARSE: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
@@ -86,13 +97,27 @@ def _sum_rows_kernel(
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < hidden_size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for summand in tl.static_range(NUM_SUMMANDS):
-        row = tl.load(row_ids + line * id_line_stride + summand * id_summand_stride).to(tl.int64)
-        # A masked load reads nothing, so a NaN in a row that nobody owns stays there.
-        values = tl.load(rows + row * row_stride + columns, mask=is_column & (row >= 0), other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            values *= tl.load(weights + line * weight_line_stride + summand * weight_summand_stride)
-        total += values
+    line_weights = weights + line * weight_line_stride
+    if IS_SPARSE:
+        summands = tl.arange(0, PADDED_SUMMANDS)
+        ids = row_ids + line * id_line_stride + summands * id_summand_stride
+        ids = tl.load(ids, mask=summands < NUM_SUMMANDS, other=-1)
+        if tl.max(ids) >= 0:
+            for summand in tl.static_range(NUM_SUMMANDS):
+                row = tl.max(tl.where(summands == summand, ids, -1)).to(tl.int64)
+                if row >= 0:
+                    values = tl.load(rows + row * row_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+                    if HAS_WEIGHTS:
+                        values *= tl.load(line_weights + summand * weight_summand_stride)
+                    total += values
+    else:
+        for summand in tl.static_range(NUM_SUMMANDS):
+            row = tl.load(row_ids + line * id_line_stride + summand * id_summand_stride).to(tl.int64)
+            # A masked load reads nothing, so a NaN in a row that nobody owns stays there.
+            values = tl.load(rows + row * row_stride + columns, mask=is_column & (row >= 0), other=0.0).to(tl.float32)
+            if HAS_WEIGHTS:
+                values *= tl.load(line_weights + summand * weight_summand_stride)
+            total += values
     if HAS_ADDEND:
         total += tl.load(addend + line * hidden_size + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(out + line * hidden_size + columns, total.to(out.dtype.element_ty), mask=is_column)

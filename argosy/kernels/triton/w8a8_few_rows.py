@@ -43,6 +43,7 @@ class SplitTile:
     num_stages: int
     num_warps: int
     min_split: int
+    num_resident: int = 1  # programs on a multiprocessor, which fill each other's beginnings and ends
 
 
 # The first that gives NARROW_SHARE of the multiprocessors a program, else the last. Not measured yet.
@@ -95,7 +96,7 @@ def choose_tile(num_rows: int, out_features: int, num_multiprocessors: int) -> N
 
 def choose_split(tile: SplitTile, in_features: int, out_features: int, num_multiprocessors: int) -> int:
     """Numbers of K for each program, a multiple of ``block_k``, such that all programs run at once where they can."""
-    num_splits = max(1, num_multiprocessors // triton.cdiv(out_features, tile.block_n))
+    num_splits = max(1, tile.num_resident * num_multiprocessors // triton.cdiv(out_features, tile.block_n))
     split = max(triton.cdiv(in_features, num_splits), tile.min_split)
     return triton.cdiv(split, tile.block_k) * tile.block_k
 

@@ -17,6 +17,7 @@ from argosy.config import EPPayload
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher
+from argosy.distributed.ep_symmetric import SymmetricTransport
 from argosy.distributed.expert_load import ExpertLoad
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.tp_comm import build_token_slices, gather_vocabulary
@@ -50,6 +51,7 @@ class ModelParts:
     schemes: Schemes  # by names below the model's
     mesh: ParallelMesh
     ep_payload: EPPayload
+    symmetric: SymmetricTransport | None  # what low_latency travels by; None: collectives
     expert_load: ExpertLoad
 
 
@@ -109,6 +111,7 @@ def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
         row_ops=select_row_ops(device_type),
         sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
         max_whole_tokens=select_max_whole_tokens(device_type, parts.dtype) if is_plain else 0,
+        symmetric=parts.symmetric,
     )
     return MoELayer(
         config,
@@ -155,6 +158,7 @@ class DeepseekV32Model(nn.Module):
         mesh: ParallelMesh | None = None,
         *,
         ep_payload: EPPayload = "model",
+        symmetric: SymmetricTransport | None = None,
         quantization: CheckpointQuantization = UNQUANTIZED,
     ) -> None:
         super().__init__()
@@ -165,7 +169,7 @@ class DeepseekV32Model(nn.Module):
         self._head_tp = mesh.tp.named("head")
         self._slices = build_token_slices(self._head_tp)
         schemes = build_schemes(dtype, quantization)
-        self.model = Backbone(ModelParts(config, dtype, schemes, mesh, ep_payload, self.expert_load))
+        self.model = Backbone(ModelParts(config, dtype, schemes, mesh, ep_payload, symmetric, self.expert_load))
         self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, dtype, mesh.tp.size)
 
     def forward(self, batch: ForwardBatch, cache: MLAKVCache, num_layers: int | None = None) -> torch.Tensor:

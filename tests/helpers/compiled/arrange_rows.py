@@ -10,8 +10,8 @@ def copy_rows(kind: str, num_scales: int, *, is_share: bool = False) -> Kernel:
         | {"scale_stride": "i32", "scale_column_stride": "i32", "row_scale_stride": "i32"}
         | {"row_scale_column_stride": "i32"},
         {"NUM_IDS": 8, "BLOCK_IDS": 8, "NUM_SCALES": num_scales}
-        | {"BLOCK_SCALES": 1 << max(0, num_scales - 1).bit_length(), "NUM_BLOCKS": 4, "BLOCK": 2048}
-        | {"IS_SHARE": is_share},
+        | {"BLOCK_SCALES": 1 << max(0, num_scales - 1).bit_length(), "NUM_BLOCKS": 1 if is_share else 4}
+        | {"BLOCK": 8192 if is_share else 2048, "IS_SHARE": is_share},
         multiples_of_16=("hidden_size", "x_stride"),
         label=f"{num_scales} scales{' of a share' if is_share else ''}",
     )
@@ -29,5 +29,6 @@ KERNELS = (
     copy_rows("*bf16", 0),
     copy_rows("*bf16", 0, is_share=True),
     copy_rows("*i8", 1),
+    copy_rows("*i8", 1, is_share=True),
     copy_rows("*i8", 56),
 )

@@ -1,11 +1,18 @@
 from tests.helpers.compiled import Kernel
 
-KERNELS = (
-    Kernel(
+
+def sum_parts(out: str, *, has_addend: bool) -> Kernel:
+    return Kernel(
         "sum_parts._sum_parts_kernel",
-        {"parts": "*bf16", "out": "*fp32", "hidden_size": "i32", "part_stride": "i32", "row_stride": "i32"}
-        | {"factor": "fp32"},
-        {"NUM_PARTS": 2, "NUM_BLOCKS": 7, "BLOCK": 1024},
+        {"parts": "*bf16", "addend": "*bf16", "out": out, "hidden_size": "i32", "part_stride": "i32"}
+        | {"row_stride": "i32", "factor": "fp32"},
+        {"NUM_PARTS": 2, "HAS_ADDEND": has_addend, "NUM_BLOCKS": 7, "BLOCK": 1024},
         multiples_of_16=("hidden_size", "part_stride", "row_stride"),
-    ),
+        label="with addend" if has_addend else "",
+    )
+
+
+KERNELS = (
+    sum_parts("*fp32", has_addend=False),
+    sum_parts("*bf16", has_addend=True),
 )
