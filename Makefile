@@ -12,6 +12,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
+# Tests start a hundred programs, each of which would compile argosy anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check lint pytest schemathesis slow clients bench eval validate clean
 
 demo: $(RUN_STAMP)
@@ -19,7 +22,9 @@ demo: $(RUN_STAMP)
 
 test: check
 
-check: lint pytest
+# At once: mypy keeps one core busy, for a minute.
+check: $(TEST_STAMP)
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
@@ -27,12 +32,13 @@ lint: $(TEST_STAMP)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# Two workers with one thread each: torch's own threads would make them fight for the cores. Tests of many ranks come
-# one after another: each starts up to sixteen processes and has deadlines.
+# Two workers with one thread each: torch's own threads would make them fight for the cores. Tests of many ranks that
+# compute come apart from those that start programs and mostly wait: deadlines are for the latter alone. A file's tests
+# share what is slow to start, so one worker runs them.
 pytest: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not cuda and not processes" --ignore=tests/dist
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not cuda" tests/dist
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "processes and not slow and not cuda" --ignore=tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not cuda and not processes" tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "processes and not slow and not cuda"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/kernels/test_row_ops.py tests/kernels/test_*_triton.py
 
 # The API against its own description; a tool with libraries of its own, so not part of the test extra.

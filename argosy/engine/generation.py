@@ -1,13 +1,11 @@
 """``LLM``: an engine, here or in many processes, in vLLM's shape. Prompts in, text out, results in input order.
 
-It drives the engine and joins tokenizer, engine and output processor; none of them knows another. Not
-thread-safe: one thread, one call at a time. Invariant: when a call returns or raises, none of its requests is left
-in the engine.
+It starts and ends the engine, and brings prompts and results into the shapes of its callers; the requests between them
+are ``request_loop.py``'s. Not thread-safe: one thread, one call at a time. Invariant: when a call returns or raises,
+none of its requests is left in the engine.
 """
 
 import dataclasses
-import itertools
-import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -35,8 +33,9 @@ from argosy.engine.deployment_stats import summarize_stats
 from argosy.engine.dp_load_balancer import check_replica
 from argosy.engine.engine_core import EngineCore
 from argosy.engine.output_processor import OutputProcessor
-from argosy.engine.prompts import Prompt, PromptChecker
-from argosy.engine.replica_messages import AddRequest, ReplicaStats, UpdateSettings
+from argosy.engine.prompts import Prompt, PromptChecker, as_params_list, as_prompt_list
+from argosy.engine.replica_messages import ReplicaStats, UpdateSettings
+from argosy.engine.request_loop import RequestLoop
 from argosy.grammar.checker import GrammarChecker
 from argosy.messages import DeploymentStats, RequestOutput
 from argosy.models.deepseek.config import ModelConfig
@@ -151,10 +150,12 @@ class LLM:
         self._client = running.client
         self.tokenizer = running.tokenizer
         self.max_model_len: int = running.config.max_model_len
-        self._checker = PromptChecker(running.tokenizer, self.max_model_len)
-        self._grammars = GrammarChecker(running.tokenizer.vocabulary)
-        self._processor = OutputProcessor(running.tokenizer)
-        self._request_ids = (f"request-{i}" for i in itertools.count())
+        self._loop = RequestLoop(
+            running.client,
+            PromptChecker(running.tokenizer, self.max_model_len),
+            GrammarChecker(running.tokenizer.vocabulary),
+            OutputProcessor(running.tokenizer),
+        )
         self._settings = running.config
         # Ends the ranks of an LLM that nobody closed, when it is collected; at Python's exit ``deployment.py`` does.
         self._finalizer = weakref.finalize(self, end_engine, running.client)
@@ -286,19 +287,19 @@ class LLM:
         Raises:
             ValueError: no such replica, a bad prompt, or as many sampling_params as prompts were not given.
         """
-        prompt_list = _as_prompt_list(prompts)
-        params_list = _as_params_list(sampling_params, len(prompt_list))
+        prompt_list = as_prompt_list(prompts)
+        params_list = as_params_list(sampling_params, len(prompt_list))
         if data_parallel_rank is not None:
             check_replica(data_parallel_rank, self.config.dp_size)
         if on_error == "raise":
             for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
-                self._check(prompt, params, f"prompt {i}: ")
+                self._loop.check(prompt, params, f"prompt {i}: ")
         results: list[Result | None] = [None] * len(prompt_list)
         console = Console(stderr=True)
         is_shown = use_tqdm and console.is_terminal and len(prompt_list) > 1
         with (
             Progress(console=console, disable=not is_shown, transient=True) as progress,
-            closing(self._generate_as_finished(prompt_list, params_list, data_parallel_rank)) as finished,
+            closing(self.generate_as_finished(prompt_list, params_list, data_parallel_rank)) as finished,
         ):
             bar = progress.add_task("generate", total=len(prompt_list))
             for i, result in finished:
@@ -309,27 +310,25 @@ class LLM:
         return complete
 
     def generate_as_finished(
-        self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: Sequence[SamplingParams],
+        data_parallel_rank: int | None = None,
     ) -> Generator[tuple[int, Result], None, None]:
         """(position in ``prompts``, result) in the order of finishing. Closing the iterator aborts the rest."""
-        return self._generate_as_finished(prompts, sampling_params, None)
-
-    def _generate_as_finished(
-        self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams], data_parallel_rank: int | None
-    ) -> Generator[tuple[int, Result], None, None]:
         positions: dict[str, int] = {}
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
                 try:
-                    positions[self._start(prompt, params, data_parallel_rank, is_streamed=False)] = i
+                    positions[self._loop.start(prompt, params, data_parallel_rank, is_streamed=False)] = i
                 except ValueError as error:
                     yield i, error
             while positions:
-                for output in self._step():
+                for output in self._loop.step():
                     yield positions.pop(output.request_id), output
         finally:
             for request_id in positions:
-                self._abort(request_id)
+                self._loop.abort(request_id)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -339,15 +338,15 @@ class LLM:
         Raises:
             ValueError: a bad prompt, on the first ``next``.
         """
-        request_id = self._start(prompt, sampling_params or SamplingParams(), None, is_streamed=True)
+        request_id = self._loop.start(prompt, sampling_params or SamplingParams(), None, is_streamed=True)
         try:
             is_finished = False
             while not is_finished:
-                for output in self._step():
+                for output in self._loop.step():
                     is_finished = output.finished
                     yield output
         finally:
-            self._abort(request_id)
+            self._loop.abort(request_id)
 
     # --- chat ---------------------------------------------------------------------------------------------------------
 
@@ -375,7 +374,7 @@ class LLM:
                 if on_error == "raise":
                     raise ValueError(f"conversation {i}: {error}") from error
                 errors[i] = error
-        params_list = _as_params_list(sampling_params, len(conversations))
+        params_list = as_params_list(sampling_params, len(conversations))
         params_list = [params for i, params in enumerate(params_list) if i not in errors]
         if thinking:
             params_list = [self._leave_reasoning_free(params) for params in params_list]
@@ -402,65 +401,3 @@ class LLM:
         token_id = self.tokenizer.encode_mark(THINK_END)
         structured = dataclasses.replace(params.structured_outputs, starts_after_token_id=token_id)
         return dataclasses.replace(params, structured_outputs=structured)
-
-    # --- the loop -----------------------------------------------------------------------------------------------------
-
-    def _check(self, prompt: Prompt, params: SamplingParams, where: str) -> None:
-        try:
-            self._checker.check(prompt, params)
-            self._grammars.check(params.structured_outputs)
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from error
-
-    def _start(
-        self, prompt: Prompt, params: SamplingParams, data_parallel_rank: int | None, *, is_streamed: bool
-    ) -> str:
-        """Queue one prompt; its request id."""
-        checked = self._checker.check(prompt, params)
-        self._grammars.check(params.structured_outputs)
-        request_id = next(self._request_ids)
-        children = self._processor.add_request(
-            request_id, checked.text, checked.token_ids, params, time.monotonic(), is_streamed=is_streamed
-        )
-        try:
-            for child in children:
-                request = AddRequest(child.request_id, checked.token_ids, child.sampling_params)
-                self._client.add(request, data_parallel_rank)
-        except ValueError:
-            self._abort(request_id)
-            raise
-        return request_id
-
-    def _step(self) -> list[RequestOutput]:
-        processed = self._processor.process(self._client.step(), time.monotonic())
-        for request_id, reason in processed.finish_request_ids:
-            self._client.finish(request_id, reason)
-        return processed.outputs
-
-    def _abort(self, request_id: str) -> None:
-        """End a request that is not over yet, without a trace."""
-        for child_id in self._processor.remove(request_id):
-            self._client.abort(child_id)
-
-
-def _as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt becomes a list of one; a list of integers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    prompt_list = list(prompts)
-    if prompt_list and all(isinstance(item, int) for item in prompt_list):
-        return [prompt_list]  # type: ignore[list-item]
-    return prompt_list  # type: ignore[return-value]
-
-
-def _as_params_list(
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
-    params_list = list(sampling_params)
-    if len(params_list) != num_prompts:
-        raise ValueError(
-            f"{len(params_list)} sampling_params for {num_prompts} prompts; give one for all, or one for each prompt"
-        )
-    return params_list

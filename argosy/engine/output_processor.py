@@ -5,8 +5,9 @@ which the engine cannot see. It neither schedules nor samples, and takes the tim
 Invariant: every request that was added and not removed gets exactly one output with ``finished`` set, its last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import msgspec
 
@@ -28,7 +29,14 @@ class ProcessedOutputs(msgspec.Struct):
     """What one step brought."""
 
     outputs: list[RequestOutput]  # one per user request that changed
-    finish_request_ids: list[tuple[str, FinishReason]]  # what the engine must end: stop strings
+    finish_request_ids: list[tuple[str, FinishReason]]  # what the engine must end: stop strings, text ends
+
+
+class TextEnd(Protocol):
+    """Watches one completion's text for an end that stop strings cannot describe."""
+
+    def is_reached(self, text: str) -> bool:
+        """Whether the completion ends with this new text."""
 
 
 class OutputProcessor:
@@ -54,6 +62,7 @@ class OutputProcessor:
         *,
         is_streamed: bool = True,
         is_delta: bool = False,
+        build_text_end: Callable[[], TextEnd] | None = None,
     ) -> list[ChildRequest]:
         """Registers a user's request and returns the engine requests to start for it.
 
@@ -61,6 +70,7 @@ class OutputProcessor:
             arrival_s: ``time.monotonic`` seconds, as every time here.
             is_streamed: False gives one output, at the end, instead of one per step.
             is_delta: outputs hold only what is new since the one before, and only completions with news.
+            build_text_end: makes each completion's own; it holds before ``min_tokens``, too.
 
         Raises:
             ValueError: the id, or that of a child, is in use.
@@ -81,7 +91,8 @@ class OutputProcessor:
         )
         stop = StopMatcher(sampling_params.stop) if sampling_params.stop else ()  # one for all children
         for child in children:
-            completion = _Completion(request, child, self._tokenizer, stop)
+            text_end = None if build_text_end is None else build_text_end()
+            completion = _Completion(request, child, self._tokenizer, stop, text_end)
             request.completions.append(completion)
             self._completions[child.request_id] = completion
         self._requests[request_id] = request
@@ -203,6 +214,7 @@ class _Completion:
         "_num_told_tokens",
         "_shows_stop_token",
         "_stop_reason",
+        "_text_end",
         "finish_reason",
         "has_news",
         "num_cached_tokens",
@@ -212,7 +224,12 @@ class _Completion:
     )
 
     def __init__(
-        self, request: _UserRequest, child: ChildRequest, tokenizer: Tokenizer, stop: StopMatcher | tuple[()]
+        self,
+        request: _UserRequest,
+        child: ChildRequest,
+        tokenizer: Tokenizer,
+        stop: StopMatcher | tuple[()],
+        text_end: TextEnd | None,
     ) -> None:
         params = child.sampling_params
         self.request = request
@@ -227,6 +244,7 @@ class _Completion:
         self._stop_reason: int | str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self._cumulative_logprob = 0.0
+        self._text_end = text_end
         self._shows_stop_token = params.include_stop_str_in_output
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, stop, params.include_stop_str_in_output, params.skip_special_tokens, params.min_tokens
@@ -239,12 +257,15 @@ class _Completion:
         num_before = len(self.token_ids)
         # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
         is_last_hidden = delta.finish_reason in (FinishReason.STOP, FinishReason.ERROR) and not self._shows_stop_token
-        detokenizer.append(new_ids[:-1] if is_last_hidden else new_ids)
+        is_at_end = self._append(new_ids[:-1] if is_last_hidden else new_ids)
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
+        if is_at_end:
+            finish_reason, stop_reason = FinishReason.STOP, None
         if finish_reason is not None:
             detokenizer.finish()
         if detokenizer.stop_reason is not None:
             finish_reason, stop_reason = FinishReason.STOP, detokenizer.stop_reason
+        if is_at_end or detokenizer.stop_reason is not None:
             new_ids = new_ids[: detokenizer.num_tokens - num_before]
         self.token_ids += new_ids
         self._add_logprobs(delta.new_logprobs, len(new_ids))
@@ -278,6 +299,13 @@ class _Completion:
         self._num_told_characters, self._num_told_tokens = len(text), len(self.token_ids)
         self.has_news = False
         return output
+
+    def _append(self, token_ids: list[int]) -> bool:
+        """Whether the text is at its end; then the tokens behind it were not taken."""
+        if self._text_end is None:
+            self._detokenizer.append(token_ids)
+            return False
+        return any(self._text_end.is_reached(self._detokenizer.append([token_id])) for token_id in token_ids)
 
     def _add_logprobs(self, new_logprobs: list[TokenLogprobs] | None, num_tokens: int) -> None:
         if self._logprobs is None or num_tokens == 0:

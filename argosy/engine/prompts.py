@@ -67,6 +67,29 @@ class PromptChecker:
         return None, list(bare)
 
 
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt becomes a list of one; a list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    prompt_list = list(prompts)
+    if prompt_list and all(isinstance(item, int) for item in prompt_list):
+        return [prompt_list]  # type: ignore[list-item]
+    return prompt_list  # type: ignore[return-value]
+
+
+def as_params_list(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * num_prompts
+    params_list = list(sampling_params)
+    if len(params_list) != num_prompts:
+        raise ValueError(
+            f"{len(params_list)} sampling_params for {num_prompts} prompts; give one for all, or one for each prompt"
+        )
+    return params_list
+
+
 def _unwrap(prompt: Mapping[str, object]) -> str | Sequence[int]:
     """The one prompt inside a prompt object."""
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")

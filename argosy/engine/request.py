@@ -1,10 +1,11 @@
 """One generation, as the scheduler sees it: its tokens, how far they are computed, and what it holds while it runs.
 
-It schedules nothing: what it holds is written by the scheduler alone. Text and latencies are the output processor's.
+It schedules nothing: what it holds is decided by the scheduler alone. Text and latencies are the output processor's.
 Invariant: ``num_computed_tokens < num_tokens`` while unfinished and in no step in flight, so there is always a next
 token to sample.
 """
 
+import time
 from collections.abc import Sequence
 from enum import Enum
 
@@ -176,6 +177,28 @@ class Request:
                 f"the request has {self.num_output_tokens} output tokens already, and its limit is "
                 f"{self.max_total_tokens - self.num_prompt_tokens}: it is over"
             )
+
+    def run_in(self, row: int, block_ids: list[int], num_matched: int, block_size: int) -> None:
+        """Begin to run, with blocks of which the first ``num_matched`` were found in the cache, computed."""
+        self.row, self.block_ids = row, block_ids
+        self.num_computed_tokens = num_matched * block_size
+        self.num_published_blocks = num_matched
+        if self.status is RequestStatus.WAITING:  # after a preemption, its own tokens are no saving to report
+            self.num_cached_tokens = self.num_computed_tokens
+            self.queued_s = time.monotonic() - self.added_s
+        self.status = RequestStatus.RUNNING
+        self.set_num_slots(block_size)
+        self.set_check(block_size)
+
+    def give_up_place(self) -> None:
+        """Run no longer: its blocks and its row are others'."""
+        self.row, self.block_ids, self.num_slots = NO_ROW, [], 0
+
+    def start_over(self) -> None:
+        """Wait again, with nothing but its tokens; after ``give_up_place``."""
+        self.status = RequestStatus.PREEMPTED
+        self.num_computed_tokens = 0
+        self.draft_token_ids = []
 
     def set_num_slots(self, block_size: int) -> None:
         """After a change of ``block_ids``."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from argosy.cache.block_manager import BlockManager
 from argosy.engine.planned_step import PlannedStep, check_order
-from argosy.engine.request import NO_ROW, Request, RequestStatus, check_fits_cache
+from argosy.engine.request import Request, RequestStatus, check_fits_cache
 from argosy.engine.waiting_queue import WaitingQueue
 from argosy.messages import FinishReason, ScheduledBatch, StepOutput, TokenDelta, TokenLogprobs
 
@@ -295,26 +295,16 @@ class Scheduler:
         num_computed = len(matched) * manager.block_size
         manager.acquire(matched)
         num_missing = manager.num_blocks_for(num_computed + num_new_tokens) - len(matched)
-        request.block_ids = matched + manager.allocate(num_missing)
-        request.set_num_slots(manager.block_size)
-        request.num_computed_tokens = num_computed
-        request.num_published_blocks = len(matched)
-        if request.status is RequestStatus.WAITING:  # after a preemption, its own tokens are no saving to report
-            request.num_cached_tokens = num_computed
-            request.queued_s = time.monotonic() - request.added_s
+        block_ids = matched + manager.allocate(num_missing)
+        request.run_in(heapq.heappop(self._free_rows), block_ids, len(matched), manager.block_size)
         self.num_queried_tokens += request.num_tokens
         self.num_cached_tokens += num_computed
-        request.row = heapq.heappop(self._free_rows)
-        request.status = RequestStatus.RUNNING
-        request.set_check(manager.block_size)
         insort(self.running, request, key=Request.age)
 
     def _preempt(self, request: Request) -> None:
         """Give up everything but the tokens. The caller has taken it out of ``running``."""
         self._release(request)
-        request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
-        request.draft_token_ids = []
+        request.start_over()
         self.num_preemptions += 1
         self._waiting.push(request)
 
@@ -400,9 +390,7 @@ class Scheduler:
         """Give back blocks and row."""
         self.block_manager.free(request.block_ids)
         heapq.heappush(self._free_rows, request.row)
-        request.row = NO_ROW
-        request.block_ids = []
-        request.num_slots = 0
+        request.give_up_place()
 
 
 def _is_prefill(entry: tuple[Request, int]) -> bool:

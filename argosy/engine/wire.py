@@ -21,6 +21,7 @@ import zmq
 _LINGER_MS = 2000  # for the last messages of a process that ends
 _UNLIMITED = 0  # ZeroMQ's word: no message is dropped or held back because many wait
 _MAX_MESSAGE_BYTES = 2**28  # far beyond any of ours; who says that more will come is cut off
+_ENVELOPE_BYTES = 33  # of encryption, around each message
 
 SentT = TypeVar("SentT")
 ReceivedT = TypeVar("ReceivedT")
@@ -187,7 +188,7 @@ def _build_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.
     built.sndhwm = _UNLIMITED
     built.rcvhwm = _UNLIMITED
     built.ipv6 = True
-    built.maxmsgsize = _MAX_MESSAGE_BYTES
+    built.maxmsgsize = _MAX_MESSAGE_BYTES + _ENVELOPE_BYTES
     return built
 
 

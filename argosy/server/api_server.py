@@ -15,12 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from argosy.engine.output_processor import TextEnd
 from argosy.engine.prompts import CheckedPrompt, PromptChecker
 from argosy.engine.tokenizer import Tokenizer
 from argosy.models.deepseek.encoding import THINK_END, encode_messages
 from argosy.sampling_params import SamplingParams
+from argosy.server.admission import Admission
 from argosy.server.api_description import description_of
-from argosy.server.chat import ChatAnswer
+from argosy.server.chat import ChatAnswer, text_end_of
 from argosy.server.completions import CompletionAnswer, GenerateAnswer
 from argosy.server.console import add_console
 from argosy.server.deployment import Deployment, EngineSource, ServerView, describe_deployment
@@ -182,6 +184,11 @@ class Service:
             param = first_word if first_word in ("tools", "response_format") else "messages"
             raise ApiError(400, str(error), param=param, code=_code_of(error)) from error
 
+    def check_room_for_one(self) -> None:
+        """Raises ApiError if not even one completion would be taken."""
+        if self._checker is not None:  # before, each route says what it waits for
+            self._check_room(1)
+
     def _check_room(self, num_new: int) -> None:
         if (obstacle := self.obstacle) is not None:
             raise overloaded(f"no request is taken: {obstacle}", retry_after_s=5)
@@ -193,7 +200,12 @@ class Service:
             )
 
     def open_feed(
-        self, http: Request, request: Sampling, prompts: list[CheckedPrompt], params: SamplingParams
+        self,
+        http: Request,
+        request: Sampling,
+        prompts: list[CheckedPrompt],
+        params: SamplingParams,
+        build_text_end: Callable[[], TextEnd] | None = None,
     ) -> tuple[OutputFeed, str]:
         """Submit the prompts; the feed and the id that names them all."""
         check_num_prompt_logprobs(prompts, params)
@@ -211,6 +223,7 @@ class Service:
                 cache_salt=request.cache_salt,
                 data_parallel_rank=replica,
                 trace_parent=http.headers.get("traceparent"),
+                build_text_end=build_text_end,
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -243,7 +256,8 @@ def build_app(service: Service, *, data_parallel_rank: int | None = None) -> Gat
     add_console(app, service.describe_deployment)
     needs_key = bool(service.settings.api_key)
     app.openapi = description_of(app, service.version, needs_key=needs_key)  # type: ignore[method-assign]
-    if service.settings.allowed_origins:
+    app.add_middleware(Admission, check=service.check_room_for_one)
+    if service.settings.allowed_origins:  # around the one before: its refusals are for other origins, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.settings.allowed_origins),
@@ -275,7 +289,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         params = body.to_params()
         prompts = await service.check_prompts([await service.encode_chat(body, body.is_thinking)], params, "messages")
         params = await service.constrain(params, body.constraint, thinking=body.is_thinking)
-        feed, request_id = service.open_feed(http, body, prompts, params)
+        feed, request_id = service.open_feed(http, body, prompts, params, text_end_of(body))
         answer = ChatAnswer(body, len(prompts[0].token_ids), service.tokenizer, answer_id=request_id, model=model)
         return await service.respond(http, body, feed, answer)
 

@@ -5,14 +5,16 @@ Invariant: the deltas of a stream, joined by choice, are the message that the sa
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from argosy.engine.output_processor import TextEnd
 from argosy.engine.tokenizer import Tokenizer
 from argosy.messages import CompletionOutput, RequestOutput, TokenLogprobs
 from argosy.models.deepseek.encoding_parser import ParsedToolCall
-from argosy.server.chat_stream import ChatPiece, ChatStream
-from argosy.server.logprobs import describe_prompt_logprobs, token_text
+from argosy.server.chat_stream import ChatPiece, ChatStream, FirstCallEnd
+from argosy.server.logprobs import token_text, write_prompt_logprobs
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import ChatRequest
 from argosy.server.streaming import DONE, EventFrame
@@ -33,7 +35,12 @@ class ChatAnswer:
         self._usage = Usage([num_prompt_tokens])
         has_tools = request.active_tools is not None
         self._choices = [
-            _Choice(ChatStream(thinking=request.is_thinking, has_tools=has_tools)) for _ in range(request.n)
+            _Choice(
+                ChatStream(
+                    thinking=request.is_thinking, has_tools=has_tools, is_parallel=not request.ends_with_first_call
+                )
+            )
+            for _ in range(request.n)
         ]
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
@@ -41,7 +48,7 @@ class ChatAnswer:
         async for position, output in feed:
             self._usage.add(position, output)
             answer = {"choices": [self._choice(completion) for completion in output.outputs]}
-            answer |= self._prompt_logprobs(output)
+            answer |= await self._prompt_logprobs(output)
         return self._base("chat.completion") | answer | {"usage": self._usage.as_dict()}
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
@@ -59,7 +66,7 @@ class ChatAnswer:
         async for position, output in feed:
             self._usage.add(position, output)
             choices = [chunk for each in output.outputs if (chunk := self._chunk(each)) is not None]
-            prompt_logprobs = self._prompt_logprobs(output)
+            prompt_logprobs = await self._prompt_logprobs(output)
             if choices or prompt_logprobs:
                 if is_continuous:
                     extra = {"usage": self._usage.as_dict()}
@@ -68,12 +75,12 @@ class ChatAnswer:
             yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
 
-    def _prompt_logprobs(self, output: RequestOutput) -> dict[str, object]:
+    async def _prompt_logprobs(self, output: RequestOutput) -> dict[str, object]:
         """Once: with the whole answer, or with the first output of a stream."""
         num_top = self._request.prompt_logprobs
         if num_top is None or output.prompt_logprobs is None:
             return {}
-        return {"prompt_logprobs": describe_prompt_logprobs(self._tokenizer, output.prompt_logprobs, num_top)}
+        return {"prompt_logprobs": await write_prompt_logprobs(self._tokenizer, output.prompt_logprobs, num_top)}
 
     def _base(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -137,6 +144,11 @@ class ChatAnswer:
     def _describe_token(self, token_id: int, logprob: float) -> dict[str, object]:
         raw = self._tokenizer.byte_table(skip_special_tokens=False)[token_id]
         return {"token": token_text(self._tokenizer, token_id), "logprob": logprob, "bytes": list(raw)}
+
+
+def text_end_of(request: ChatRequest) -> Callable[[], TextEnd] | None:
+    """What ends each of its completions, beside stop strings and the model itself."""
+    return partial(FirstCallEnd, thinking=request.is_thinking) if request.ends_with_first_call else None
 
 
 @dataclass(slots=True)

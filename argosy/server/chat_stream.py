@@ -2,6 +2,7 @@
 
 The whole-text twin is ``models/deepseek/encoding_parser.py``. It repairs nothing: a block of calls that breaks the
 format is told as content; and since what was told as a call cannot be taken back, a call is told when it is complete.
+Who wants one call at most ends the completion behind it (``FirstCallEnd``).
 Invariant: all pieces of one completion together equal what the twin reads of its text, where that parses.
 """
 
@@ -23,11 +24,13 @@ class ChatPiece:
 
 
 class ChatStream:
-    """One completion. ``thinking``: the prompt ended with ``<think>``; ``has_tools``: calls are looked for."""
+    """One completion. ``thinking``: the prompt ended with ``<think>``; ``has_tools``: calls are looked for, or, if not
+    ``is_parallel``, one call."""
 
-    def __init__(self, *, thinking: bool, has_tools: bool) -> None:
+    def __init__(self, *, thinking: bool, has_tools: bool, is_parallel: bool = True) -> None:
         self._is_reasoning = thinking
         self._marks = (_CALLS_OPENING,) if has_tools else ()
+        self._is_parallel = is_parallel
         self._held = ""  # may be the beginning of a mark
         self._calls: str | None = None  # the text of a block of calls so far
         self.num_tool_calls = 0
@@ -72,7 +75,7 @@ class ChatStream:
         assert self._calls is not None
         self._calls += text
         told: list[ParsedToolCall] = []
-        while True:
+        while self._is_parallel or not self.num_tool_calls + len(told):
             invoke, mark, rest = self._calls.partition(f"{INVOKE_END}\n")
             if not mark:
                 break
@@ -86,6 +89,16 @@ class ChatStream:
             self._calls = rest
         self.num_tool_calls += len(told)
         return ChatPiece(tool_calls=tuple(told))
+
+
+class FirstCallEnd:
+    """``TextEnd`` behind the first complete tool call."""
+
+    def __init__(self, *, thinking: bool) -> None:
+        self._stream = ChatStream(thinking=thinking, has_tools=True, is_parallel=False)
+
+    def is_reached(self, text: str) -> bool:
+        return bool(self._stream.feed(text).tool_calls)
 
 
 def _num_held(text: str, marks: tuple[str, ...]) -> int:

@@ -4,14 +4,22 @@ Invariant: the pieces of a stream, joined by choice, are the answer that the sam
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from itertools import chain
 
 import msgspec
 
 from argosy.engine.prompts import CheckedPrompt
 from argosy.engine.tokenizer import Tokenizer
 from argosy.messages import CompletionOutput, RequestOutput, TokenLogprobs
-from argosy.server.logprobs import TextOffsets, describe_logprobs, describe_prompt_logprobs, find_prompt_offsets
+from argosy.server.logprobs import (
+    TextOffsets,
+    describe_logprobs,
+    find_prompt_offsets,
+    write_entries,
+    write_logprobs,
+    write_prompt_logprobs,
+)
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import CompletionRequest, GenerateRequest
 from argosy.server.streaming import DONE, EventFrame, as_event
@@ -39,13 +47,14 @@ class CompletionAnswer:
         self._offsets: dict[int, TextOffsets] = {}  # by choice
         # By prompt, from its first output on.
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._written_prompt_logprobs: dict[int, msgspec.Raw] = {}  # where they were asked for
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
         choices: dict[int, dict[str, object]] = {}
         async for position, output in self._outputs(feed):
             for completion in output.outputs:
                 index = self._index(position, completion)
-                choices[index] = self._choice(position, completion, is_first=True)
+                choices[index] = await self._choice(position, completion, is_first=True)
         answer = self._base | {"choices": [choices[i] for i in sorted(choices)], "usage": self._usage.as_dict()}
         if self._request.return_token_ids:
             answer["prompt_token_ids"] = [prompt.token_ids for prompt in self._prompts]
@@ -60,7 +69,7 @@ class CompletionAnswer:
             for completion in output.outputs:
                 index = self._index(position, completion)
                 if _says_something(completion, self._request) or index not in started:
-                    choices.append(self._choice(position, completion, is_first=index not in started))
+                    choices.append(await self._choice(position, completion, is_first=index not in started))
                     started.add(index)
             if not choices:
                 continue
@@ -77,13 +86,19 @@ class CompletionAnswer:
             told = _without_completions(output) if self._request.is_prompt_only else output
             self._usage.add(position, told)
             if told.prompt_logprobs is not None:
-                self._prompt_logprobs[position] = told.prompt_logprobs
+                await self._take_prompt_logprobs(position, told.prompt_logprobs)
             yield position, told
+
+    async def _take_prompt_logprobs(self, position: int, entries: list[TokenLogprobs | None]) -> None:
+        self._prompt_logprobs[position] = entries
+        num_top = self._request.prompt_logprobs
+        if num_top is not None:
+            self._written_prompt_logprobs[position] = await write_prompt_logprobs(self._tokenizer, entries, num_top)
 
     def _index(self, position: int, completion: CompletionOutput) -> int:
         return position * self._request.n + completion.index
 
-    def _choice(self, position: int, completion: CompletionOutput, *, is_first: bool) -> dict[str, object]:
+    async def _choice(self, position: int, completion: CompletionOutput, *, is_first: bool) -> dict[str, object]:
         prompt_text = self._prompt_text(position) if is_first and self._request.echo else ""
         choice: dict[str, object] = {
             "index": self._index(position, completion),
@@ -93,18 +108,16 @@ class CompletionAnswer:
             "stop_reason": completion.stop_reason,
         }
         if completion.logprobs is not None:
-            choice["logprobs"] = self._logprobs(position, completion, prompt_text, is_first=is_first)
+            choice["logprobs"] = await self._logprobs(position, completion, prompt_text, is_first=is_first)
         if is_first and self._request.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = describe_prompt_logprobs(
-                self._tokenizer, self._prompt_logprobs[position], self._request.prompt_logprobs
-            )
+            choice["prompt_logprobs"] = self._written_prompt_logprobs[position]
         if self._request.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    def _logprobs(
+    async def _logprobs(
         self, position: int, completion: CompletionOutput, prompt_text: str, *, is_first: bool
-    ) -> dict[str, list[object]]:
+    ) -> Mapping[str, object]:
         """Of the new tokens, and in the first piece of an echo of the prompt's."""
         request, tokenizer, new = self._request, self._tokenizer, completion.logprobs or []
         offsets = self._offsets.setdefault(self._index(position, completion), TextOffsets(len(prompt_text)))
@@ -114,9 +127,13 @@ class CompletionAnswer:
         starts = [offsets.add(shown_bytes[token_id]) for token_id in token_ids]
         if is_first and request.echo:
             prompt = self._prompts[position]
-            token_ids = prompt.token_ids + token_ids
-            entries = self._prompt_logprobs[position] + entries
-            starts = find_prompt_offsets(tokenizer, prompt, prompt_text) + starts
+            return await write_logprobs(
+                tokenizer,
+                prompt.token_ids + token_ids,
+                self._prompt_logprobs[position] + entries,
+                chain(find_prompt_offsets(tokenizer, prompt, prompt_text), starts),
+                request.logprobs or 0,
+            )
         return describe_logprobs(tokenizer, token_ids, entries, starts, request.logprobs or 0)
 
     def _prompt_text(self, position: int) -> str:
@@ -161,14 +178,14 @@ class GenerateAnswer:
         answer: dict[str, object] = {}
         async for position, output in feed:
             self._usage.add(position, output)
-            answer = {"outputs": self._outputs(output)} | self._prompt_logprobs(output)
+            answer = {"outputs": self._outputs(output)} | await self._prompt_logprobs(output)
         return self._base | answer | {"usage": self._usage.as_dict()}
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
         async for position, output in feed:
             self._usage.add(position, output)
-            chunk = self._base | {"outputs": self._outputs(output)} | self._prompt_logprobs(output)
+            chunk = self._base | {"outputs": self._outputs(output)} | await self._prompt_logprobs(output)
             if options is not None and options.continuous_usage_stats:
                 chunk["usage"] = self._usage.as_dict()
             yield as_event(chunk)
@@ -190,5 +207,7 @@ class GenerateAnswer:
         ]
 
     @staticmethod
-    def _prompt_logprobs(output: RequestOutput) -> dict[str, object]:
-        return {} if output.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}
+    async def _prompt_logprobs(output: RequestOutput) -> dict[str, object]:
+        if output.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": await write_entries(output.prompt_logprobs)}

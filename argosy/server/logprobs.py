@@ -1,11 +1,15 @@
 """Log probabilities in the shapes that clients know: OpenAI's for completions, vLLM's for prompts.
 
-It computes none. Invariant: ``text_offset`` points into the text of the choice, whatever bytes its tokens hold.
+It computes none. What may be long is written as JSON in pieces, between which others have their turn. Invariant:
+``text_offset`` points into the text of the choice, whatever bytes its tokens hold.
 """
 
+import asyncio
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+
+import msgspec
 
 from argosy.engine.prompts import CheckedPrompt
 from argosy.engine.tokenizer import Tokenizer
@@ -13,9 +17,11 @@ from argosy.messages import TokenLogprobs
 from argosy.sampling_params import SamplingParams
 from argosy.server.errors import ApiError
 
-MAX_PROMPT_LOGPROBS = 2**19  # in one answer: to write them out takes the server about a second, in which all wait
+MAX_PROMPT_LOGPROBS = 2**19  # in one answer: to write them out takes the server about a second
+PIECE_SIZE = 1024  # log probabilities; to write so many takes milliseconds, in which all wait
 
 _NewUtf8Decoder = codecs.getincrementaldecoder("utf-8")
+_encode = msgspec.json.Encoder().encode
 
 
 class TextOffsets:
@@ -69,14 +75,47 @@ def describe_prompt_logprobs(
     return described
 
 
-def find_prompt_offsets(tokenizer: Tokenizer, prompt: CheckedPrompt, text: str) -> list[int]:
+async def write_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    entries: Sequence[TokenLogprobs | None],
+    offsets: Iterator[int],
+    num_top: int,
+) -> Mapping[str, object]:
+    """``describe_logprobs`` as JSON, of any length; ``offsets`` are found on the way."""
+
+    def describe(start: int, stop: int) -> Mapping[str, object]:
+        part = list(islice(offsets, stop - start))
+        return describe_logprobs(tokenizer, token_ids[start:stop], entries[start:stop], part, num_top)
+
+    return await _write_columns(len(entries), 1 + num_top, describe)
+
+
+async def write_prompt_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | None], num_top: int
+) -> msgspec.Raw:
+    """``describe_prompt_logprobs`` as JSON, of any length."""
+
+    def describe(start: int, stop: int) -> Mapping[str, object]:
+        return {"": describe_prompt_logprobs(tokenizer, entries[start:stop], num_top)}
+
+    return (await _write_columns(len(entries), 1 + num_top, describe))[""]
+
+
+async def write_entries(entries: Sequence[TokenLogprobs | None]) -> msgspec.Raw:
+    """The entries themselves as JSON, of any length."""
+    num_each = 1 + max((len(entry.top_logprobs) for entry in entries if entry is not None), default=0)
+    return (await _write_columns(len(entries), num_each, lambda start, stop: {"": entries[start:stop]}))[""]
+
+
+def find_prompt_offsets(tokenizer: Tokenizer, prompt: CheckedPrompt, text: str) -> Iterator[int]:
     """Where each of the prompt's tokens begins in ``text``, as ``echo`` shows it."""
     shows_special = prompt.text is not None  # a text may spell out special tokens; of ids they are left out
     pieces = [tokenizer.byte_table(skip_special_tokens=not shows_special)[token_id] for token_id in prompt.token_ids]
     if shows_special and not text.encode().startswith(pieces[0]):
         pieces[0] = b""  # begin of sentence, which the tokenizer has put in front
     offsets = TextOffsets()
-    return [offsets.add(piece) for piece in pieces]
+    return map(offsets.add, pieces)
 
 
 def check_num_prompt_logprobs(prompts: Sequence[CheckedPrompt], params: SamplingParams) -> None:
@@ -98,6 +137,19 @@ def check_num_prompt_logprobs(prompts: Sequence[CheckedPrompt], params: Sampling
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """A token alone; bytes that are no whole character become U+FFFD."""
     return tokenizer.byte_table(skip_special_tokens=False)[token_id].decode(errors="replace")
+
+
+async def _write_columns(
+    num_tokens: int, num_each: int, describe: Callable[[int, int], Mapping[str, object]]
+) -> dict[str, msgspec.Raw]:
+    """JSON lists of what ``describe(start, stop)`` says of tokens; ``num_each``: log probabilities of one token."""
+    size = max(1, PIECE_SIZE // num_each)
+    columns: dict[str, list[bytes]] = {}
+    for start in range(0, num_tokens, size):
+        for name, values in describe(start, min(start + size, num_tokens)).items():
+            columns.setdefault(name, []).append(_encode(values)[1:-1])
+        await asyncio.sleep(0)
+    return {name: msgspec.Raw(b"[%b]" % b",".join(parts)) for name, parts in columns.items()}
 
 
 def _describe_tops(tokenizer: Tokenizer, entry: TokenLogprobs, num_top: int) -> dict[str, float]:

@@ -8,11 +8,11 @@ Invariant: every request that was opened is ended exactly once: its last output 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from argosy.engine.output_processor import OutputProcessor
+from argosy.engine.output_processor import OutputProcessor, TextEnd
 from argosy.engine.prompts import CheckedPrompt
 from argosy.engine.replica_messages import AddRequest
 from argosy.engine.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class Submission:
     cache_salt: str | None = None
     data_parallel_rank: int | None = None
     trace_parent: str | None = None  # the caller's span, as the header says it
+    build_text_end: Callable[[], TextEnd] | None = None  # of each completion
 
 
 class Recorder(Protocol):
@@ -238,6 +239,7 @@ class RequestBoard:
             time.monotonic(),
             is_streamed=submission.is_streamed,
             is_delta=submission.is_streamed,
+            build_text_end=submission.build_text_end,
         )
         child_ids = tuple(child.request_id for child in children)
         self._entries[request_id] = _Entry(feed, submission, child_ids, time.monotonic())

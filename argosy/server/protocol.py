@@ -275,7 +275,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, object]], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None  # None = auto if there are tools
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool | None = None  # False = one call at most
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs = TemplateKwargs()
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None  # none = no reasoning; else: reason
@@ -298,6 +298,10 @@ class ChatRequest(Sampling):
     @property
     def active_tools(self) -> list[dict[str, object]] | None:
         return self.tools if self.tools and self.tool_choice != "none" else None
+
+    @property
+    def ends_with_first_call(self) -> bool:
+        return self.parallel_tool_calls is False and bool(self.active_tools)
 
     @property
     def response_schema(self) -> Mapping[str, object] | None:

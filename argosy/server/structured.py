@@ -55,12 +55,6 @@ def choose_constraint(wishes: Wishes) -> Constraint | None:
         )
     if wishes.must_call:
         return _constrain_calls(wishes, None, "tools")
-    if not wishes.is_parallel and wishes.tools:
-        raise ApiError(
-            400,
-            'parallel_tool_calls false needs tool_choice "required" or a function: other answers are not constrained',
-            param="parallel_tool_calls",
-        )
     if schema is not None and wishes.tools:
         return _constrain_calls(wishes, schema, "response_format")
     if schema is not None:

@@ -21,7 +21,6 @@ from argosy.sampling_params import SamplingParams
 from argosy.validation.number_formats import NumberFormat, Tolerance
 
 CHUNK_TOKENS = 48  # of a chunked prefill: less than any prompt's length, so that chunks of several requests mix
-MAX_NUM_SEQS = 16
 NUM_TOP = 5  # alternatives whose log probabilities are known at a difference
 
 
@@ -113,6 +112,7 @@ class Workload:
 
     prompts: list[list[int]]
     num_tokens: int  # greedy, per prompt
+    max_num_seqs: int = 16  # of a replica: steps are recorded for batches of up to as many
 
 
 def compare_topologies(
@@ -133,7 +133,7 @@ def compare_topologies(
     is_cpu = select_platform(number_format.config.device).device_type == "cpu"
     config = dataclasses.replace(
         number_format.config,
-        max_num_seqs=MAX_NUM_SEQS,
+        max_num_seqs=workload.max_num_seqs,
         enable_prefix_caching=False,
         async_scheduling=False,
         emulate_graphs=is_cpu,
@@ -146,13 +146,14 @@ def compare_topologies(
             llm.update_settings(enforce_eager=True)
             if expected is None:
                 expected = _run(llm, workload, None)
+            if topology not in topologies:
+                continue
             tolerance = number_format.tolerance(llm.dtype_name, topology.tp_size)
             ways = _ways(topology) + (_recorded_ways(topology) if llm.num_graphs else [])
             if in_pairs:
                 ways = [way for way in ways if _is_of_the_pairs(way, topology)]
             results = [_compare(llm, workload, way, expected, tolerance) for way in ways]
-        if topology in topologies:
-            yield TopologyResult(topology=topology, number_format=number_format.name, start_s=start_s, ways=results)
+        yield TopologyResult(topology=topology, number_format=number_format.name, start_s=start_s, ways=results)
 
 
 def _with_topology(config: EngineConfig, topology: Topology) -> EngineConfig:

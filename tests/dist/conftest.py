@@ -1,4 +1,4 @@
-"""Ranks for the tests of this directory, which run one after another: two pools would be thirty-two processes."""
+"""Ranks for the tests of this directory; a worker of pytest-xdist has a pool of its own, idle between its tests."""
 
 from collections.abc import Iterator
 

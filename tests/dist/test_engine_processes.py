@@ -12,6 +12,8 @@ import pytest
 from tests.helpers.program import Program
 from tests.helpers.rank_entries import is_port_free
 
+pytestmark = pytest.mark.processes
+
 GENERATE = ("generate", "--device", "cpu", "--num-threads", "1", "--max-model-len", "256", "--tp", "2", "--dp", "2")
 MARGIN_S = 5.0  # from the end of a collective's time to that of every process
 

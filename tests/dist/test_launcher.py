@@ -22,6 +22,8 @@ from argosy.distributed.rendezvous import RankStore, StoreAddress, TorchrunPlace
 from tests.helpers import rank_entries
 from tests.helpers.rank_entries import LAYOUT, await_ready, is_alive, spec
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -19,6 +19,8 @@ from argosy.distributed.rendezvous import host_store
 from argosy.platforms.cpu import CpuPlatform
 from tests.helpers.program import Program, free_port
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = ("generate", "--device", "cpu", "--num-threads", "1", "--max-model-len", "256")
 QUESTION = ("--chat", "What is 17 + 25?")
 

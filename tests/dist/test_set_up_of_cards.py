@@ -17,6 +17,8 @@ from argosy.runner.graph_runner import graph_batch_sizes, graph_lengths
 from tests.helpers import rank_entries
 from tests.helpers.rank_entries import CARD_BYTES, CARD_STEP_BYTES
 
+pytestmark = pytest.mark.processes
+
 GRAPH_BYTES = 2**29
 NOBODY = -1
 

@@ -8,6 +8,8 @@ from argosy.cli.main import main
 from argosy.cli.terminal import Terminal
 from tests.helpers.program import Program, free_port
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = ("generate", "--device", "cpu", "--num-threads", "1", "--max-model-len", "256")
 QUESTION = ("--chat", "What is 17 + 25?")
 

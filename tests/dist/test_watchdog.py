@@ -17,6 +17,8 @@ from argosy.engine.deployment import build_spec
 from tests.helpers import rank_entries
 from tests.helpers.rank_entries import SLOW_S, TIMEOUT_S, await_ready, is_alive, is_port_free, reports, spec, strike
 
+pytestmark = pytest.mark.processes
+
 DEATH_LIMIT_S = 5.0
 HANG_LIMIT_S = TIMEOUT_S + 5.0  # as the product's 30 s become 35
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import httpx
 import pytest
 
+from argosy.server.errors import ApiError
+from argosy.server.json_body import read_json
 from tests.helpers.bad_requests import bad_bodies
 from tests.helpers.body_mutations import mutated_requests
 
@@ -71,6 +73,13 @@ def test_too_long_a_prompt_says_both_numbers(stand, prompt: object) -> None:
     (answer,) = send(stand, [("/v1/completions", json.dumps({"prompt": prompt}).encode())])
     error = check_refusal(answer)
     assert error["code"] == "context_length_exceeded" and error["param"] == "prompt" and "2048" in error["message"]
+
+
+def test_more_values_than_any_model_takes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda *arguments, **options: pytest.fail("parsed"))
+    with pytest.raises(ApiError, match="more than 1048576 values") as refused:
+        read_json(b"[" + b"0," * (2**20 + 1) + b"0]")
+    assert refused.value.status == 400
 
 
 def test_mutated_bodies_never_break_the_server(stand, caplog: pytest.LogCaptureFixture) -> None:

@@ -57,6 +57,17 @@ def test_pieces_join_to_what_the_parser_reads(completion: tuple[str, bool], size
     assert tuple(call for piece in pieces for call in piece.tool_calls) == expected.tool_calls
 
 
+def test_one_call_is_told_where_calls_are_not_parallel() -> None:
+    """Also where one piece brings two, as when a stop string held them back."""
+    call = f'{INVOKE_START} name="f">\n\n{INVOKE_END}\n'
+    text = f"See.\n\n{CALLS_START}\n{call}{call}{CALLS_END}"
+    for size in (1, 7, len(text)):
+        stream = ChatStream(thinking=False, has_tools=True, is_parallel=False)
+        pieces = [stream.feed(text[i : i + size]) for i in range(0, len(text), size)] + [stream.finish()]
+        assert "".join(piece.content for piece in pieces) == "See."
+        assert [call.name for piece in pieces for call in piece.tool_calls] == ["f"]
+
+
 def test_a_broken_block_is_told_as_content() -> None:
     text = f"See.\n\n{CALLS_START}\n{INVOKE_START} nonsense>\n{INVOKE_END}\n{CALLS_END}"
     stream = ChatStream(thinking=False, has_tools=True)

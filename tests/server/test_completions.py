@@ -134,6 +134,55 @@ def test_tool_calls(build_stand: Callable, stream: bool) -> None:
     assert len({each["id"] for each in calls}) == 2
 
 
+ONE_CALL = {"messages": MESSAGES, "tools": TOOLS, "parallel_tool_calls": False}
+
+
+def two_calls() -> str:
+    parameters = [f'{PARAMETER_START} name="key" string="false">{i}{PARAMETER_END}' for i in range(2)]
+    calls = "".join(f'{INVOKE_START} name="look_up">\n{each}\n{INVOKE_END}\n' for each in parameters)
+    return f"I will look.\n\n{CALLS_START}\n{calls}{CALLS_END}"
+
+
+@pytest.mark.parametrize("fields", [{}, {"min_tokens": 900, "ignore_eos": True, "n": 2, "tool_choice": "auto"}])
+def test_without_parallel_calls_an_answer_ends_behind_its_first(build_stand: Callable, fields: dict) -> None:
+    stand = build_stand(two_calls())
+    options = {"return_token_ids": True, "logprobs": True} | fields
+    whole = post(stand, CHAT, ONE_CALL | options).json()
+    text = two_calls().partition(f"{INVOKE_END}\n")[0] + f"{INVOKE_END}\n"
+    events = read_events(post(stand, CHAT, ONE_CALL | options | {"stream": True}).text)
+    for choice in whole["choices"]:
+        message, reason = choice["message"], choice["finish_reason"]
+        assert (message["content"], reason, choice["stop_reason"]) == ("I will look.", "tool_calls", None)
+        (call,) = message["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"key": 0}
+        assert stand.tokenizer.decode(choice["token_ids"], skip_special_tokens=False) == text
+        assert len(choice["logprobs"]["content"]) == len(choice["token_ids"])
+        mine = [c for event in events for c in event["choices"] if c["index"] == choice["index"]]
+        (streamed,) = [each for c in mine for each in c["delta"].get("tool_calls", [])]
+        assert streamed["function"] == call["function"] and streamed["index"] == 0
+        assert "".join(c["delta"].get("content") or "" for c in mine) == message["content"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["tool_calls"]
+        assert [token_id for c in mine for token_id in c.get("token_ids", [])] == choice["token_ids"]
+    assert len(stand.pool.finished) == 2 * len(whole["choices"]) and not stand.pool.running
+
+
+@pytest.mark.parametrize("fields", [{"parallel_tool_calls": True}, {"tool_choice": "none"}, {"tools": []}])
+def test_answers_that_may_go_on_do(build_stand: Callable, fields: dict) -> None:
+    stand = build_stand(two_calls())
+    choice = post(stand, CHAT, ONE_CALL | fields).json()["choices"][0]
+    assert len(choice["message"].get("tool_calls", [])) == (2 if fields.get("parallel_tool_calls") else 0)
+    assert not stand.pool.finished
+
+
+def test_calls_that_are_reasoned_about_end_nothing(build_stand: Callable) -> None:
+    call = two_calls().partition(f"{INVOKE_END}\n")[0] + f"{INVOKE_END}\n"
+    stand = build_stand(f"{call}</think>Let me not.")
+    thinking = {"chat_template_kwargs": {"thinking": True}}
+    choice = post(stand, CHAT, ONE_CALL | thinking).json()["choices"][0]
+    assert choice["message"]["reasoning_content"] == call and choice["message"]["content"] == "Let me not."
+    assert choice["finish_reason"] == "stop" and not stand.pool.finished
+
+
 def test_generate_takes_and_gives_tokens(stand) -> None:
     ids = stand.tokenizer.encode("abc")
     answer = post(stand, "/generate", {"prompt_token_ids": ids, "request_id": "mine"}).json()

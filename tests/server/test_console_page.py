@@ -1,75 +1,16 @@
 """The console in a headless Chromium, over a fake pool: keyboard, streaming, stopping, errors, words, widths."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 
-from argosy.server.api_server import build_app
 from argosy.server.errors import ApiError
-from tests.helpers.browser import DOWN, ENTER, ESCAPE, RIGHT, SHIFT, TAB, Browser
-from tests.helpers.http_server import ServedApp
+from tests.helpers.browser import DOWN, ENTER, ESCAPE, RIGHT, SHIFT, TAB
 from tests.helpers.played_engines import PlayedEngines
+from tests.server.conftest import IS_ANSWERED
 
 IS_READY = "return document.querySelector('#status').dataset.state === 'ready'"
-IS_ANSWERED = "return document.querySelectorAll('.answer[aria-busy=false]').length === arguments[0]"
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    browser = Browser()
-    yield browser
-    browser.close()
-
-
-@dataclass
-class Scene:
-    """The page of one server."""
-
-    browser: Browser
-    stand: object
-    served: ServedApp
-    expected_errors: int = 0  # answers that the browser itself calls errors on its console
-
-    def step(self) -> None:
-        self.served.call(self.stand.pool.step)  # type: ignore[attr-defined]
-
-    def release(self) -> None:
-        self.stand.pool.is_held = False  # type: ignore[attr-defined]
-        self.step()
-
-    def wait_for_request(self) -> str:
-        """The prompt of the only request under way."""
-        pool = self.stand.pool  # type: ignore[attr-defined]
-        self.browser.wait("return document.querySelector('.answer[aria-busy=true]')")
-        while not pool.running:
-            self.browser.run("return 0")  # a moment
-        (running,) = pool.running.values()
-        return self.stand.tokenizer.decode(running.request.prompt_token_ids, skip_special_tokens=False)  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def open_page(window: Browser, build_stand: Callable) -> Iterator[Callable[..., Scene]]:
-    """Of a server with these settings; afterwards the console must hold no error that was not expected."""
-    scenes: list[Scene] = []
-
-    def open_it(path: str = "/", *, engines: PlayedEngines | None = None, **settings: object) -> Scene:
-        stand = build_stand(**settings)
-        stand.service.engines = engines
-        scene = Scene(window, stand, ServedApp(build_app(stand.service)).__enter__())
-        scenes.append(scene)
-        window.resize(1280, 900)
-        window.prefer("light")
-        window.open(scene.served.url + path)
-        return scene
-
-    yield open_it
-    window.open("about:blank")
-    for scene in scenes:
-        scene.served.__exit__(None, None, None)
-    messages = window.messages()
-    assert len(messages) == sum(scene.expected_errors for scene in scenes), messages
 
 
 def test_a_message_is_written_sent_and_answered_from_the_keyboard(open_page: Callable) -> None:
@@ -277,8 +218,18 @@ def test_the_focus_goes_through_the_page_in_reading_order(open_page: Callable) -
         )
         assert outline
     expected = ["skip", "to-playground", "to-deployment", "key-button", "language", "theme", *["sample"] * 3]
-    expected += ["message", "send", "new-conversation", "", "system", "thinking", "temperature", "max_tokens", "top_p"]
-    expected += ["top_k"]
+    expected += [
+        "message",
+        "send",
+        "new-conversation",
+        "",
+        "system",
+        "tools",
+        "thinking",
+        "temperature",
+        "max_tokens",
+        "top_p",
+    ]
     assert order == expected
 
 
@@ -336,6 +287,8 @@ def test_the_heat_map_shows_and_reads_every_expert(open_page: Callable) -> None:
     assert browser.text("#heat-imbalance").split() == [f"{ratio:.2f}×" for ratio in ratios]
     worst = ratios.index(max(ratios))
     busiest = loads[worst].index(max(loads[worst]))
+    label = browser.run("return document.querySelector('#heat-map').getAttribute('aria-label')")
+    assert isinstance(label, str) and f"Most uneven: layer {worst}, {ratios[worst]:.2f}×" in label
     colors = browser.run(READ_CELLS)
     assert isinstance(colors, list)
     assert colors[worst][busiest] == browser.run("return parseColor(color('heat-top'))")

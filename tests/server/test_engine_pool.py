@@ -127,7 +127,7 @@ def test_a_killed_engine_costs_no_token_and_comes_back(
         await wait_for_tokens(user, 10)
         os.kill(user.note_pids()[0], signal.SIGKILL)
         noticed_s = await user.wait(lambda: user.pool.engines[0].state == "restarting")
-        assert noticed_s < 1.0
+        assert noticed_s < 2.0  # at once; silence alone would take 3 s
         assert user.pool.is_ready and user.pool.engines[0].num_requests == 0
         await user.wait_for_all()
         return await user.wait_until_ready(RESTART_S)

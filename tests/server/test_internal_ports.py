@@ -44,6 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]
     """pid and URL."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "argosy", "serve", "--port", str(port), "--num-threads", "1", "--dp", "2"]
+    command += ["--spare-engines", "0"]  # one would start once all has been calm, and be taken for a restart
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
     url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + START_S

@@ -131,7 +131,7 @@ def test_offsets_point_into_the_text_inside_characters_too(tokenizer) -> None:
     text = "a\U0001f9ff b"  # four bytes that no token holds together
     ids = tokenizer.encode(text)
     assert len(ids) > 4
-    offsets = find_prompt_offsets(tokenizer, CheckedPrompt(text, ids), text)
+    offsets = list(find_prompt_offsets(tokenizer, CheckedPrompt(text, ids), text))
     assert offsets == [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
 
 
@@ -141,9 +141,9 @@ def test_a_begin_of_sentence_that_was_put_in_front_is_no_part_of_the_text() -> N
     assert ids[0] == 0
     spelled = tokenizer.decode(ids, skip_special_tokens=False)
     for text, first in (("42 is", 0), (spelled, len(spelled) - len("42 is"))):
-        offsets = find_prompt_offsets(tokenizer, CheckedPrompt(text, ids), text)
+        offsets = list(find_prompt_offsets(tokenizer, CheckedPrompt(text, ids), text))
         assert offsets[:2] == [0, first] and offsets == sorted(offsets)
-    assert find_prompt_offsets(tokenizer, CheckedPrompt(None, ids), "42 is")[:2] == [0, 0]
+    assert list(find_prompt_offsets(tokenizer, CheckedPrompt(None, ids), "42 is"))[:2] == [0, 0]
 
 
 def test_of_tokens_with_one_text_the_likeliest_is_told(tokenizer) -> None:

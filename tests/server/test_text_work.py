@@ -69,16 +69,18 @@ def test_only_so_many_long_texts_wait() -> None:
     asyncio.run(go())
 
 
-def test_overload_is_told_before_a_text_is_tokenized(stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand.service.max_num_running = 0
+@pytest.mark.parametrize("n", [1, 2])
+def test_overload_is_told_before_a_text_is_tokenized(stand, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """For one completion nothing is taken; where one would be, but not two, the fields say so."""
+    stand.service.max_num_running = n - 1
     object.__setattr__(stand.service.settings, "max_num_queued_reqs", 0)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: pytest.fail("tokenized"))
 
     async def go() -> list[int]:
         async with stand.client() as client:
             bodies = {
-                "/v1/completions": {"prompt": "a"},
-                "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+                "/v1/completions": {"prompt": "a", "n": n},
+                "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "n": n},
             }
             return [(await client.post(path, json=body)).status_code for path, body in bodies.items()]
 

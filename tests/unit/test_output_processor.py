@@ -114,6 +114,34 @@ def test_min_tokens_keeps_stop_strings_from_ending_a_request():
     assert only(processed).outputs[0].text == "aa"
 
 
+class EndBehind:
+    """A ``TextEnd`` behind a word."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.text = ""
+
+    def is_reached(self, text: str) -> bool:
+        self.text += text
+        return self.word in self.text
+
+
+@pytest.mark.parametrize("reason", [None, STOP, LENGTH])
+def test_a_text_end_ends_a_request_and_drops_the_tokens_behind_it(reason):
+    processor = OutputProcessor(TINY)
+    params = SamplingParams(n=2, min_tokens=50, max_tokens=99, logprobs=0, stop="ok")
+    processor.add_request("r", "Q", [0], params, 10.0, is_streamed=False, build_text_end=lambda: EndBehind("Paris"))
+    kept = [*ids("42 "), *ids("Paris")]
+    delta = TokenDelta("r#0", [*kept, *ids(" is ok"), EOS_ID], reason, None, logprobs(*[-1.0] * (len(kept) + 8)))
+    first = processor.process([delta], 11.0)
+    assert first.finish_request_ids == ([("r#0", STOP)] if reason is None else []) and not first.outputs
+    second = processor.process([TokenDelta("r#1", ids("42"), LENGTH, None, logprobs(*[-1.0] * 9))], 12.0)
+    ended, other = only(second).outputs
+    assert (ended.text, ended.token_ids, len(ended.logprobs)) == ("42 Paris", kept, len(kept))
+    assert (ended.finish_reason, ended.stop_reason, ended.cumulative_logprob) == ("stop", None, -len(kept))
+    assert (other.text, other.finish_reason) == ("42", "length")
+
+
 def test_held_back_text_is_shown_when_the_request_ends():
     processor = started(stop=("####",))
     tokens = ids("42 ##")

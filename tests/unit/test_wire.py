@@ -1,6 +1,7 @@
 """Messages between processes: complete, in order, for those who know the key; a peer that is not there is an error."""
 
 import asyncio
+import contextlib
 import time
 
 import msgspec
@@ -10,6 +11,7 @@ import zmq
 from argosy.config import EngineConfig
 from argosy.distributed.dp_coord import StepAgreement
 from argosy.distributed.recordings import RecordingKey
+from argosy.engine import wire
 from argosy.engine.meeting_points import DriverHub, LeaderSpoke
 from argosy.engine.replica_messages import AddRequest, Command, Idle, PlanMessage, Report, StepPlan, Wake
 from argosy.engine.wire import Hub, Spoke
@@ -85,6 +87,45 @@ def test_who_does_not_know_the_key_is_not_heard() -> None:
     context.destroy(linger=0)
     impostor.close()
     hub.close()
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_the_longest_message_arrives_and_a_longer_one_is_never_sent(
+    host: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wire._MAX_MESSAGE_BYTES == 256 * 2**20  # as docs/security.md says; here less, for speed
+    monkeypatch.setattr(wire, "_MAX_MESSAGE_BYTES", 4096)
+    longest = "x" * (4096 - 3)  # behind a head of three bytes
+    with (
+        contextlib.closing(Hub[str, str](msgspec.msgpack.Decoder(str), host)) as hub,
+        contextlib.closing(Spoke[str, str](msgspec.msgpack.Decoder(str), hub.address, 7)) as spoke,
+    ):
+        spoke.send(longest)
+        assert hub.receive(5.0) == [(7, longest)]
+        hub.send(7, longest)
+        assert spoke.wait(5.0) and spoke.receive(waits=False) == [longest]
+        for send in (spoke.send, lambda text: hub.send(7, text)):
+            with pytest.raises(AssertionError, match="a str of 4097 bytes would never arrive"):
+                send(longest + "x")
+
+
+def test_who_sends_more_than_the_limit_is_cut_off_and_others_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_MAX_MESSAGE_BYTES", 4096)
+    with (
+        contextlib.closing(Hub[str, str](msgspec.msgpack.Decoder(str), None)) as hub,
+        contextlib.closing(Spoke[str, str](msgspec.msgpack.Decoder(str), hub.address, 1)) as rude,
+        contextlib.closing(Spoke[str, str](msgspec.msgpack.Decoder(str), hub.address, 2)) as polite,
+    ):
+        for spoke in (rude, polite):
+            spoke.send("hello")
+        assert hub.receive_from((1, 2), 5.0) == {1: "hello", 2: "hello"}
+        events = rude.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monkeypatch.setattr(wire, "_MAX_MESSAGE_BYTES", 2**20)  # of the sender alone: the hub was built before
+        rude.send("x" * 4100)
+        assert events.poll(5000), "the connection of who sent too much was not closed"
+        polite.send("I am still here")
+        assert hub.receive(5.0) == [(2, "I am still here")]
+        rude.socket.disable_monitor()
 
 
 def test_a_spoke_interrupts_the_wait_of_a_hub() -> None:

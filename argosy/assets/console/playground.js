@@ -4,6 +4,7 @@
 const NUMBER_FIELDS = ["temperature", "max_tokens", "top_p", "top_k", "seed"];
 const INTEGER_FIELDS = new Set(["max_tokens", "top_k", "seed"]);
 const FIELD_WORDS = { temperature: "temperature", max_tokens: "maxTokens", top_p: "topP", top_k: "topK", seed: "seed" };
+const FIELDS_AT_FAULT = [...NUMBER_FIELDS, "tools"]; // that an error may name
 const NEAR_END_PX = 120; // so close to the end of the page, the reader follows the answer
 
 class FieldError extends Error {
@@ -13,7 +14,7 @@ class FieldError extends Error {
   }
 }
 
-let turns = []; // {role, content}: what the model is told of the conversation
+let turns = []; // {role, content, tool_calls}: what the model is told of the conversation
 let running = null; // the AbortController of the answer under way
 
 function readSampling() {
@@ -28,13 +29,23 @@ function readSampling() {
       throw new FieldError(field, word("tooLong", { name, value }));
     sampling[field] = number;
   }
+  const tools = find("tools").value.trim();
+  if (tools) sampling.tools = readTools(tools);
   if (find("thinking").checked) sampling.chat_template_kwargs = { thinking: true };
   return sampling;
 }
 
+function readTools(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new FieldError("tools", word("notJson", { name: word("tools"), reason: error.message }));
+  }
+}
+
 function markField(field) {
-  for (const name of NUMBER_FIELDS) find(name).setAttribute("aria-invalid", String(name === field));
-  if (NUMBER_FIELDS.includes(field)) find("settings").open = true;
+  for (const name of FIELDS_AT_FAULT) find(name).setAttribute("aria-invalid", String(name === field));
+  if (FIELDS_AT_FAULT.includes(field)) find("settings").open = true;
 }
 
 function buildMessages() {
@@ -50,6 +61,8 @@ class AnswerView {
     this.lastMs = null;
     this.numTokens = 0;
     this.content = "";
+    this.calls = []; // as the conversation keeps them
+    this.callTexts = []; // the text node of each call's arguments
     this.finishReason = null;
     this.turn = make("article", "turn");
     const asked = make("div", "asked");
@@ -70,12 +83,14 @@ class AnswerView {
     if (usage) this.numTokens = usage.completion_tokens;
     const reasoning = delta?.reasoning_content ?? "";
     const content = delta?.content ?? "";
-    if (!reasoning && !content) return;
+    const calls = delta?.tool_calls ?? [];
+    if (!reasoning && !content && !calls.length) return;
     this.lastMs = performance.now();
     this.firstMs ??= this.lastMs;
     this.wait.remove();
     if (reasoning) this.addReasoning(reasoning);
     if (content) this.addContent(content);
+    for (const call of calls) this.addCall(call);
     this.showMeta();
   }
 
@@ -100,10 +115,42 @@ class AnswerView {
       const paragraph = make("p", "text");
       this.contentText = paragraph.appendChild(document.createTextNode(""));
       this.body.append(paragraph);
-      if (this.reasoning && !this.isReasoningChosen) this.reasoning.open = false;
+      this.foldReasoning();
     }
     this.contentText.appendData(text);
     this.content += text;
+  }
+
+  /** A call's first piece has its name; arguments may come in several. */
+  addCall({ index, id, function: { name, arguments: text = "" } }) {
+    if (!this.calls[index]) {
+      this.calls[index] = { id, type: "function", function: { name, arguments: "" } };
+      const box = make("div", "call");
+      const title = makeSaying("p", "call-title", "toolCall");
+      title.append(" ", make("code", "call-name", name));
+      const json = make("pre", "call-arguments");
+      this.callTexts[index] = json.appendChild(document.createTextNode(""));
+      box.append(title, json);
+      this.body.append(box);
+      this.foldReasoning();
+    }
+    this.callTexts[index].appendData(text);
+    this.calls[index].function.arguments += text;
+  }
+
+  foldReasoning() {
+    if (this.reasoning && !this.isReasoningChosen) this.reasoning.open = false;
+  }
+
+  /** What the conversation keeps; null where nothing was answered. */
+  get message() {
+    if (!this.content && !this.calls.length) return null;
+    return { role: "assistant", content: this.content, ...(this.calls.length ? { tool_calls: this.calls } : {}) };
+  }
+
+  get spoken() {
+    const calls = this.calls.map(({ function: { name, arguments: text } }) => `${word("toolCall")} ${name} ${text}`);
+    return [this.content, ...calls].filter(Boolean).join(" ");
   }
 
   showMeta(endWord = "") {
@@ -170,11 +217,11 @@ async function send(text) {
   try {
     await stream({ messages: buildMessages(), ...readSampling() }, view, signal);
     view.end(view.finishReason === "length" ? "endLength" : view.finishReason === "abort" ? "endAbort" : "");
-    announce(word("answered", { text: view.content }));
+    announce(word("answered", { text: view.spoken }));
   } catch (error) {
     endEarly(view, error, signal, question);
   }
-  if (view.content && turns.includes(question)) turns.push({ role: "assistant", content: view.content });
+  if (view.message && turns.includes(question)) turns.push(view.message);
   else turns = turns.filter((turn) => turn !== question); // a question without an answer is not told again
   if (signal === running?.signal) setRunning(null);
   scrollToEnd();
