@@ -128,7 +128,7 @@ def parse_options() -> argparse.Namespace:
 
 def build_rank(options: argparse.Namespace) -> tuple[Preparation, ModelRunner]:
     """Rank 0, as ``engine/worker.py`` builds it."""
-    settings = model_settings(options.layers, NUM_DENSE_LAYERS, is_tiny=options.tiny)
+    settings = model_settings(options.layers, NUM_DENSE_LAYERS, is_tiny=options.tiny, quantization=options.quantization)
     config = engine_config(options, write_config(settings), options.quantization, options.decode, options.prefill)
     prepared = prepare(dataclasses.replace(config, dp_size=options.ranks))
     model_config, platform = prepared.model_config, prepared.platform

@@ -61,7 +61,7 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     started_s = time.monotonic()
-    settings = model_settings(options.layers, 1, is_tiny=options.tiny)
+    settings = model_settings(options.layers, 1, is_tiny=options.tiny, quantization=options.quantization)
     built = build(options, settings, options.quantization, options.decode, options.prefill)
     runner, platform = built.core.runner, built.platform
     print(f"{platform.device_name()}, torch {torch.__version__}, {read_version()}; {sys.argv[1:]}")

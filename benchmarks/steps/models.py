@@ -32,9 +32,22 @@ TINY = {
 }  # fmt: skip
 
 
-def model_settings(num_layers: int, num_dense_layers: int, *, is_tiny: bool) -> dict[str, object]:
-    """``config.json``."""
+PUBLISHED_FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+
+
+def model_settings(
+    num_layers: int, num_dense_layers: int, *, is_tiny: bool, quantization: str = "none"
+) -> dict[str, object]:
+    """``config.json``; in FP8 blocks with the published checkpoint's scales, which are powers of two."""
     settings = PUBLISHED_CONFIG | (TINY if is_tiny else {})
+    if quantization == "fp8_block":
+        settings = settings | {"quantization_config": PUBLISHED_FP8}
     return settings | {"num_hidden_layers": num_layers, "first_k_dense_replace": num_dense_layers}
 
 

@@ -248,6 +248,12 @@ class _Language:
 
     abs = staticmethod(torch.abs)
     div_rn = staticmethod(torch.div)
+
+    @staticmethod
+    def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Rounded once: a product of float32 numbers is exact in float64."""
+        return (a.double() * b.double() + c.double()).float()
+
     exp2 = staticmethod(torch.exp2)
     log2 = staticmethod(torch.log2)
 

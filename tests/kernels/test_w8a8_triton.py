@@ -314,8 +314,8 @@ def test_loop_for_hopper_writes_only_its_rows(gemm: ModuleType, small_hopper_til
 
 def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
     for is_gated in (False, True):
-        assert isinstance(gemm.choose_tile(33 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
-        assert isinstance(gemm.choose_tile(32 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
+        assert isinstance(gemm.choose_tile(32 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(31 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
         assert isinstance(gemm.choose_tile(33 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
 
 

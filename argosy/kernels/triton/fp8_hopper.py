@@ -206,8 +206,9 @@ def _multiply(
                 scale, factor = _find_group_scale(total_0, total_1, HAS_UE8M0_SCALES)
                 _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS)
                 total_0 = _quantize(total_0, scale, factor, HAS_UE8M0_SCALES)
-                total_1 = _quantize(total_1, scale, factor, HAS_UE8M0_SCALES)
             _store(total_0, results, row, first_row, count, column, num_columns)
+            if IS_QUANTIZED:
+                total_1 = _quantize(total_1, scale, factor, HAS_UE8M0_SCALES)
             _store(total_1, results, row, first_row, count, column + QUARTER, num_columns)
             if not IS_GATED:
                 _store(total_2, results, row, first_row, count, column + HALF, num_columns)
@@ -268,14 +269,15 @@ def _gate(gate, up, HIDDEN_DTYPE: gl.constexpr):  # noqa: N803
 
 @gluon.jit
 def _find_group_scale(left, right, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
-    """As ``quantize_groups.quantize_last_dim`` of both together: the scale, and its reciprocal if that is exact."""
+    """As ``quantize_groups.quantize_last_dim`` of both together: the scale, and its reciprocal."""
     amax = gl.maximum(gl.max(gl.abs(left), axis=1), gl.max(gl.abs(right), axis=1))
     scale = gl.div_rn(gl.maximum(amax, SMALLEST_AMAX), LARGEST)
-    factor = scale
-    if HAS_UE8M0_SCALES:  # up to the next power of two
+    if HAS_UE8M0_SCALES:  # up to the next power of two, whose reciprocal is exact
         bits = (gl.cast(scale, gl.int32, bitcast=True) + FRACTION_BITS) & EXPONENT_BITS
         scale = gl.cast(bits, gl.float32, bitcast=True)
         factor = gl.cast(ONE_SQUARED_BITS - bits, gl.float32, bitcast=True)
+    else:
+        factor = gl.div_rn(1.0, scale)
     return scale, factor
 
 
@@ -289,8 +291,16 @@ def _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS: 
 
 @gluon.jit
 def _quantize(values, scale, factor, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
-    """Numbers for a cast that rounds."""
-    quotient = values * gl.expand_dims(factor, 1) if HAS_UE8M0_SCALES else gl.div_rn(values, gl.expand_dims(scale, 1))
+    """Numbers for a cast that rounds: values over scale, as division rounds them.
+
+    NOTE(numerics): a product with the reciprocal, and what is then left over, once more (Markstein, 1990); a division
+    of each would call a subroutine, around which the loop's sums are spilled.
+    """
+    factor = gl.expand_dims(factor, 1)
+    quotient = values * factor
+    if not HAS_UE8M0_SCALES:
+        left_over = gl.fma(-quotient, gl.expand_dims(scale, 1), values)
+        quotient = gl.fma(left_over, factor, quotient)
     return gl.where(quotient > LARGEST, LARGEST, gl.where(quotient < -LARGEST, -LARGEST, quotient))  # NaN stays
 
 

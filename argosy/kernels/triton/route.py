@@ -126,9 +126,9 @@ def _route_kernel(
     is_inside = is_token[:, None] & is_expert[None, :]
     sources = parts + tokens[:, None].to(tl.int64) * row_stride + experts[None, :]
     logits = tl.load(sources, mask=is_inside, other=0.0)
-    # All parts on their way at once, into shared memory: one warp's registers would hold six of them.
-    for part in tl.range(1, NUM_PARTS, num_stages=NUM_PARTS):
-        logits += tl.load(sources + part * part_stride, mask=is_inside, other=0.0)
+    for _ in tl.static_range(NUM_PARTS - 1):
+        sources += part_stride
+        logits += tl.load(sources, mask=is_inside, other=0.0)
     scores = _sigmoid(logits)
     biased = scores + tl.load(correction_bias + experts, mask=is_expert, other=0.0)[None, :]
     keys = tl.where(is_expert[None, :], _order(biased), REMOVED)
