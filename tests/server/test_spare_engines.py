@@ -44,8 +44,9 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def play(scene: Callable[[], Coroutine[object, object, None]]) -> None:
+    before = children_of(os.getpid())  # other tests' fork servers
     asyncio.run(scene())
-    assert not children_of(os.getpid())
+    assert children_of(os.getpid()) <= before
 
 
 def test_spares_wait_until_all_engines_are_ready_for_a_while() -> None:

@@ -134,8 +134,9 @@ class TritonOneSidedOps:
         assert addend is None or addend.is_contiguous(), "rows of the addend are found as the result's are"
         dtype = torch.float32 if addend is None else addend.dtype
         out = parts.new_empty(num_tokens, hidden_size, dtype=dtype)
+        # One program waits, also without tokens: if all of the sum's did, their looks would queue up at the flags.
+        self.wait_for_puts(area)
         if num_tokens == 0:
-            self.wait_for_puts(area)  # a rank that ran ahead would overwrite what others still read
             return out
         num_blocks = triton.cdiv(hidden_size, BLOCK_SIZE)
         _add_sums_kernel[(num_tokens * num_blocks,)](
@@ -144,21 +145,19 @@ class TritonOneSidedOps:
             expert_owner,
             parts if addend is None else addend,
             out,
-            area.flags,
-            area.counters,
-            area.missing,
             hidden_size,
             expert_owner.shape[0] - 1,
             parts.stride(0),
             parts.stride(1),
             topk_ids.stride(0),
             topk_ids.stride(1),
-            area.limit_ns,
             HAS_ADDEND=addend is not None,
             NUM_BLOCKS=num_blocks,
             BLOCK=BLOCK_SIZE,
             num_warps=NUM_WARPS,
-            **_sizes(topk_ids, area),
+            NUM_IDS=topk_ids.shape[1],
+            NUM_IDS_PADDED=triton.next_power_of_2(topk_ids.shape[1]),
+            NUM_RANKS=parts.shape[0],
         )
         return out
 
@@ -250,7 +249,7 @@ def _find_lead(
 
 
 @triton.jit
-def _wait_for_flags(
+def _wait_kernel(
     flags,
     counters,
     missing,
@@ -352,19 +351,6 @@ def _put_tokens_kernel(
     _set_flags(flag_addresses, counters, rank, NUM_RANKS, NUM_RANKS_PADDED, FLAG_WORDS)
 
 
-@triton.jit
-def _wait_kernel(
-    flags,
-    counters,
-    missing,
-    limit_ns,
-    NUM_RANKS: tl.constexpr,  # noqa: N803
-    NUM_RANKS_PADDED: tl.constexpr,  # noqa: N803
-    FLAG_WORDS: tl.constexpr,  # noqa: N803
-):
-    _wait_for_flags(flags, counters, missing, limit_ns, NUM_RANKS, NUM_RANKS_PADDED, FLAG_WORDS)
-
-
 @triton.jit(do_not_specialize=["num_lines", "num_rows", "rank"])
 def _put_sums_kernel(
     sums,
@@ -411,21 +397,15 @@ def _add_sums_kernel(
     expert_owner,
     addend,
     out,
-    flags,
-    counters,
-    missing,
     hidden_size,
     num_experts,
     part_stride,
     row_stride,
     id_stride,
     id_column_stride,
-    limit_ns,
     NUM_IDS: tl.constexpr,  # noqa: N803
     NUM_IDS_PADDED: tl.constexpr,  # noqa: N803
     NUM_RANKS: tl.constexpr,  # noqa: N803
-    NUM_RANKS_PADDED: tl.constexpr,  # noqa: N803
-    FLAG_WORDS: tl.constexpr,  # noqa: N803
     HAS_ADDEND: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -436,7 +416,6 @@ def _add_sums_kernel(
     owners = _load_owners(
         topk_ids, expert_owner, token, True, num_experts, id_stride, id_column_stride, NUM_IDS, NUM_IDS_PADDED
     )
-    _wait_for_flags(flags, counters, missing, limit_ns, NUM_RANKS, NUM_RANKS_PADDED, FLAG_WORDS)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     start = token * row_stride  # int64, and so is what is added to it
     for source in tl.static_range(NUM_RANKS):

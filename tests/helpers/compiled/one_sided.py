@@ -11,14 +11,8 @@ ACQUIRES = ("ld.volatile.global", "sys.acquire", "%globaltimer")
 KERNELS = (
     Kernel(
         "one_sided._put_tokens_kernel",
-        {
-            "words": "*i32",
-            "scales": "*i32",
-            "weights": "*i32",
-            "num_tokens": "i32",
-            "num_rows": "i32",
-            "num_words": "i32",
-        }
+        {"words": "*i32", "scales": "*i32", "weights": "*i32", "num_tokens": "i32", "num_rows": "i32"}
+        | {"num_words": "i32"}
         | {"row_words": "i32", "word_stride": "i32", "weight_stride": "i32", "weight_column_stride": "i32"}
         | {"scale_stride": "i32", "scale_column_stride": "i32"}
         | IDS
@@ -44,18 +38,10 @@ KERNELS = (
     ),
     Kernel(
         "one_sided._add_sums_kernel",
-        {
-            "parts": "*bf16",
-            "addend": "*bf16",
-            "out": "*bf16",
-            "hidden_size": "i32",
-            "part_stride": "i32",
-            "row_stride": "i32",
-        }
-        | IDS
-        | WAIT,
-        CONSTANTS | {"NUM_BLOCKS": 7, "HAS_ADDEND": True},
+        {"parts": "*bf16", "addend": "*bf16", "out": "*bf16", "hidden_size": "i32"}
+        | {"part_stride": "i32", "row_stride": "i32"}
+        | IDS,
+        {"NUM_IDS": 8, "NUM_IDS_PADDED": 8, "NUM_RANKS": 2, "NUM_BLOCKS": 7, "BLOCK": 1024, "HAS_ADDEND": True},
         multiples_of_16=("hidden_size", "part_stride", "row_stride"),
-        instructions=ACQUIRES,
     ),
 )
