@@ -26,6 +26,7 @@ class Tolerance:
 
     share: float = 1.0  # of all tokens, those before each request's first difference must be this many at least
     logprob_difference: float  # of equal tokens, the largest that passes
+    median_difference: float = math.inf  # of the same
     gap: float = 0.0  # at a request's first difference: by how much the other token may have been less likely
 
 
@@ -33,8 +34,10 @@ class Tolerance:
 SUMS = Tolerance(logprob_difference=1e-4)
 # NOTE(numerics): a sum's last bit decides now and then how a number in the middle between two steps is rounded to 8
 # bits, and a step is 1/127 of the largest number beside it. Log probabilities show it; tokens change at ties alone, of
-# which random prompts are full.
-ROUNDINGS = Tolerance(share=0.8, logprob_difference=0.25, gap=0.25)
+# which random prompts are full. One such rounding moves those behind it, so a single token may be further off than the
+# format is from the model (argosy-tiny in W8A8, whole against chunked: 0.77 on a CPU, 0.49 on an H200; 0.41 from the
+# model), but half of the tokens stay where they were (median 0.002; 0.04 from the model).
+ROUNDINGS = Tolerance(share=0.8, logprob_difference=1.0, median_difference=0.02, gap=1.0)
 # A row-parallel linear quantises its local slice with a scale of its own: other roundings in every layer.
 W8A8_SLICES = Tolerance(share=0.5, logprob_difference=1.0, gap=1.0)
 # In bfloat16 every number is rounded, and only the share is judged.

@@ -17,13 +17,14 @@ from argosy.validation.topologies import Topology, TopologyResult, Way, WayResul
 
 
 def result(
-    *, num_equal: int = 60, difference: float = 1e-6, gap: float = 0.0, tolerance: Tolerance = SUMS
+    *, num_equal: int = 60, difference: float = 1e-6, median: float = 0.0, gap: float = 0.0, tolerance: Tolerance = SUMS
 ) -> WayResult:
     return WayResult(
         way=Way("low_latency", True, False),
         num_tokens=60,
         num_equal=num_equal,
         logprob_difference=difference,
+        median_difference=median,
         largest_gap=gap,
         tolerance=tolerance,
     )
@@ -69,9 +70,15 @@ def test_logprobs_too_far_apart_fail_although_tokens_are_equal() -> None:
 
 def test_a_token_may_change_at_a_tie_where_the_format_rounds() -> None:
     assert show(row(result(num_equal=59, gap=0.1, tolerance=ROUNDINGS)))[0] == EXIT_OK
-    assert show(row(result(num_equal=59, gap=0.3, tolerance=ROUNDINGS)))[0] == EXIT_FAILED
+    assert show(row(result(num_equal=59, gap=1.1, tolerance=ROUNDINGS)))[0] == EXIT_FAILED
     assert show(row(result(num_equal=47, gap=0.1, tolerance=ROUNDINGS)))[0] == EXIT_FAILED
     assert show(row(result(num_equal=59, gap=0.0001)))[0] == EXIT_FAILED
+
+
+def test_one_token_may_be_far_off_where_the_format_rounds_but_not_half_of_them() -> None:
+    assert show(row(result(difference=0.8, median=0.01, tolerance=ROUNDINGS)))[0] == EXIT_OK
+    assert show(row(result(difference=0.8, median=0.03, tolerance=ROUNDINGS)))[0] == EXIT_FAILED
+    assert show(row(result(difference=1.1, median=0.01, tolerance=ROUNDINGS)))[0] == EXIT_FAILED
 
 
 def test_formats_are_those_that_can_be_built() -> None:
