@@ -15,7 +15,8 @@ from argosy.kernels.triton.arrange_few_rows import MAX_ENTRIES, arrange_few_rows
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 # Numbers of a row that a program copies, and its warps: where all rows have experts, and where most have none, and
-# finding that out costs more than copying the others. Not measured yet.
+# finding that out costs more than copying the others: 4 us in the step of one of 16 ranks with 64 tokens (H200), where
+# blocks of 2,048, and ids read one by one, took 9.4 for rows twice as wide. No other sizes were tried.
 WHOLE_BLOCK, WHOLE_WARPS = 2048, 4
 SHARE_BLOCK, SHARE_WARPS = 8192, 4
 # Entries that one program of the count reads at once, and its warps: for a decode step, and for more.

@@ -15,7 +15,8 @@ import triton.language as tl
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 # Numbers of a line that a program adds, and its warps: of full lines, whose rows are all read at once, and of sparse
-# ones, where looking for rows costs more than reading them. Not measured yet.
+# ones, where looking for rows costs more than reading them: 13.5 us in full blocks, 9.8 so, in the step of one of 16
+# ranks with 64 tokens (H200). No other sizes were tried.
 FULL_BLOCK, FULL_WARPS = 1024, 4
 SPARSE_BLOCK, SPARSE_WARPS = 8192, 8
 
