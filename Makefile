@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# So that the first start need not.
+COMPILE_LOOPS := $(BIN)/python -c 'import argosy.kernels.loops'
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
@@ -69,10 +71,12 @@ $(BIN)/python:
 # A stamp is renewed when what it installed has changed; --editable makes source changes need no reinstallation.
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable .
+	$(COMPILE_LOOPS)
 	touch $@
 
 $(TEST_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[test,train]'
+	$(COMPILE_LOOPS)
 	touch $@ $(RUN_STAMP)
 
 clean:

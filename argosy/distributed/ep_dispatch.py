@@ -17,7 +17,7 @@ from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import ExpertLayout, arrange, sum_rows_in_torch
 from argosy.distributed.ep_fixed import AddAtHome, AddInFlight, FixedExchange
 from argosy.distributed.ep_high_throughput import HighThroughputExchange
-from argosy.distributed.ep_local import FusedRows, LocalDispatcher
+from argosy.distributed.ep_local import FusedRows, LocalDispatcher, spread_weights_on_host
 from argosy.distributed.ep_payload import PayloadKind, build_payload
 from argosy.distributed.ep_row_ops import TorchRowOps
 from argosy.distributed.ep_symmetric import SymmetricExchange, SymmetricLink, SymmetricTransport
@@ -30,6 +30,7 @@ from argosy.distributed.ep_types import (
     RankExchange,
     ReceivedRows,
     RowOps,
+    SpreadWeights,
     SumRows,
     TokenDispatcher,
 )
@@ -47,6 +48,7 @@ def build_dispatcher(
     sum_rows: SumRows = sum_rows_in_torch,
     row_ops: RowOps | None = None,
     max_whole_tokens: int = 0,
+    spread_weights: SpreadWeights = spread_weights_on_host,
     symmetric: SymmetricTransport | None = None,
 ) -> TokenDispatcher:
     """One rank's dispatcher. Its tensors are made on the current default device, as a module's are.
@@ -56,14 +58,15 @@ def build_dispatcher(
     ``low_latency_layout`` is the form the experts get in low_latency; "sorted" suits a grouped product, "padded" a
     masked one, up to ``MAX_PADDED_ROWS``: above, rows are sorted all the same. ``sum_rows`` and ``row_ops`` (None:
     plain torch) may be fused kernels. ``max_whole_tokens``: how many the experts of a single rank take in the whole
-    form. ``symmetric``: what low_latency travels by, None for collectives.
+    form, which ``spread_weights`` prepares. ``symmetric``: what low_latency travels by, None for collectives.
 
     Raises:
         ValueError: experts cannot be divided among the ranks.
     """
     codec = build_payload(payload)
     if ep.size == 1:
-        return LocalDispatcher(num_experts, max_whole_tokens, FusedRows(row_ops, sum_rows) if row_ops else None)
+        fused = FusedRows(row_ops, sum_rows) if row_ops else None
+        return LocalDispatcher(num_experts, max_whole_tokens, fused, spread_weights)
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
     low_latency: RankExchange = FixedExchange(ep, codec, ops, AddAtHome(ep, ops))

@@ -19,6 +19,7 @@ from argosy.distributed.ep_types import (
     ExchangePlan,
     QuantizedRows,
     RowOps,
+    SpreadWeights,
     SumRows,
 )
 from argosy.distributed.pending import Pending, Ready
@@ -72,6 +73,19 @@ class WholeHandle(AddsAfterwards):
         return Ready(expert_out.float())
 
 
+def spread_weights_on_host(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk_ids: [T, K]``, -1 none, and their weights, on a CPU -> each expert's weight for each token [T, E] float32,
+    and its tokens [E] int32."""
+    ids = topk_ids.numpy()
+    # One column more than experts: -1 finds it, and it is left out.
+    weights = np.zeros((len(ids), num_experts + 1), dtype=np.float32)
+    weights[np.arange(len(ids))[:, None], ids] = topk_weights.numpy()
+    counts = np.bincount(ids[ids >= 0], minlength=num_experts).astype(np.int32)
+    return torch.from_numpy(weights)[:, :num_experts], torch.from_numpy(counts)
+
+
 class LocalDispatcher:
     """An id of -1 is computed by expert 0 with weight 0, which keeps shapes fixed.
 
@@ -80,9 +94,16 @@ class LocalDispatcher:
     With ``fused`` kernels rows are arranged as those that came from other ranks are; only known ids are computed then.
     """
 
-    def __init__(self, num_experts: int, max_whole_tokens: int = 0, fused: FusedRows | None = None) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        max_whole_tokens: int = 0,
+        fused: FusedRows | None = None,
+        spread_weights: SpreadWeights = spread_weights_on_host,
+    ) -> None:
         self._num_experts = num_experts
         self._max_whole_tokens = max_whole_tokens
+        self._spread_weights = spread_weights
         self._fused = fused
         # id -> itself, on the device of the module that is being built; the last entry is for -1, which is nobody's.
         self._expert_map = torch.arange(num_experts + 1, dtype=torch.int32) if fused else None
@@ -139,13 +160,8 @@ class LocalDispatcher:
         return DispatchedTokens(rows.numbers, counts, handle, quantized=rows)
 
     def _dispatch_whole(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedTokens:
-        ids = topk_ids.numpy()
-        # One column more than experts: -1 finds it, and it is left out.
-        weights = np.zeros((x.shape[0], self._num_experts + 1), dtype=np.float32)
-        weights[np.arange(x.shape[0])[:, None], ids] = topk_weights.numpy()
-        counts = np.bincount(ids[ids >= 0], minlength=self._num_experts).astype(np.int32)
-        expert_weights = torch.from_numpy(weights)[:, : self._num_experts]
-        return DispatchedTokens(x, torch.from_numpy(counts), WholeHandle(), expert_weights)
+        expert_weights, counts = self._spread_weights(topk_ids, topk_weights, self._num_experts)
+        return DispatchedTokens(x, counts, WholeHandle(), expert_weights)
 
 
 def sort_by_expert(routed_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

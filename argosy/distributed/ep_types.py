@@ -19,6 +19,10 @@ ExchangeMode = Literal["low_latency", "high_throughput", "all_gather"]
 EXCHANGE_MODES: tuple[ExchangeMode, ...] = ("low_latency", "high_throughput", "all_gather")
 
 
+# Ids [T, K], their weights, and how many experts -> each expert's weight for each token [T, E], its tokens [E] int32.
+SpreadWeights = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
 class SumRows(Protocol):
     """The weighted sum of each line's rows; plain torch or a fused kernel."""
 

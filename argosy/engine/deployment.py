@@ -21,6 +21,7 @@ from argosy.engine.build import BuiltEngine, Preparation, StartProgress, build_e
 from argosy.engine.engine_client import EngineClient, InProcessClient
 from argosy.engine.fingerprints import build_fingerprints
 from argosy.engine.meeting_points import DriverHub, open_driver_hub
+from argosy.engine.rank_imports import modules_of_ranks
 from argosy.engine.replica_client import ReplicasClient
 from argosy.engine.replica_messages import Command, ReplicaReady, Report
 from argosy.engine.tokenizer import Tokenizer
@@ -235,7 +236,7 @@ def build_spec(prepared: Preparation, place: TorchrunPlace | None) -> LaunchSpec
         startup_timeout_s=config.startup_timeout_s,
         flight_recorder_dir=config.flight_recorder_dir,
         torchrun=place,
-        preload=("argosy.engine.worker",),
+        preload=modules_of_ranks(),
     )
 
 

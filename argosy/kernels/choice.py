@@ -20,6 +20,7 @@ from argosy.kernels import (
     reference_fp8,
 )
 from argosy.kernels.card import has_kernels
+from argosy.kernels.cpu_choice import loops_for
 
 # --- norms, activations, linears, rows --------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ def _by_head_of(x: torch.Tensor) -> ModuleType:
 
 def _norms_of(x: torch.Tensor) -> ModuleType:
     if x.is_cpu:
-        return cpu
+        return loops_for(x) or cpu
     if not has_kernels(x):
         return reference
     from argosy.kernels.triton import norms
@@ -148,7 +149,7 @@ def route_parts(
 
 def _route_of(x: torch.Tensor) -> ModuleType:
     if x.is_cpu:
-        return cpu
+        return loops_for(x) or cpu
     if not has_kernels(x):
         return reference
     from argosy.kernels.triton import route
@@ -176,7 +177,8 @@ def weighted_mlp(
 ) -> torch.Tensor:
     """See ``reference_experts.weighted_mlp``."""
     is_fast = x.is_cpu and x.dtype == torch.float32
-    return (cpu if is_fast else reference_experts).weighted_mlp(x, gate_up_proj, down_proj, expert_weights)
+    chosen = (loops_for(x) or cpu) if is_fast else reference_experts
+    return chosen.weighted_mlp(x, gate_up_proj, down_proj, expert_weights)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from argosy.kernels import cpu, reference, reference_cache_rows, reference_paged
 from argosy.kernels.card import has_kernels
 from argosy.kernels.choice import rms_norm
+from argosy.kernels.cpu_choice import loops_for
 from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import LatentRowLayout, NumberFormat
 from argosy.kernels.reference_paged import DecodeInputs
@@ -23,7 +24,8 @@ SLOT_MULTIPLE = 16  # what Triton compiles a kernel for, and apart from other le
 def rotary_rows(table: RotaryTable, positions: torch.Tensor) -> RotaryRows:
     """See ``reference.RotaryTable.at``."""
     if not has_kernels(positions):
-        return table.at(positions)
+        loops = loops_for(table.cos)
+        return table.at(positions) if loops is None else loops.rotary_rows(table, positions)
     from argosy.kernels.triton import rotary
 
     return rotary.rotary_rows(table, positions)
@@ -46,7 +48,7 @@ def rope_half_split_(x: torch.Tensor, rotary: RotaryRows) -> None:
 
 def _rotary_of(x: torch.Tensor) -> ModuleType:
     if not has_kernels(x):
-        return reference
+        return loops_for(x) or reference
     from argosy.kernels.triton import rotary
 
     return rotary
@@ -64,12 +66,17 @@ def write_latent(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See ``reference_paged.write_latent``."""
+    arguments = latent, norm_weight, eps, rotary, latent_cache, slot_mapping
+    loops = loops_for(latent_cache)
+    if loops is not None:
+        loops.write_latent(*arguments)
+        return
     if not has_kernels(latent):
-        reference_paged.write_latent(latent, norm_weight, eps, rotary, latent_cache, slot_mapping, rms_norm)
+        reference_paged.write_latent(*arguments, rms_norm)
         return
     from argosy.kernels.triton import cache_write
 
-    cache_write.write_latent(latent, norm_weight, eps, rotary, latent_cache, slot_mapping)
+    cache_write.write_latent(*arguments)
 
 
 def write_latent_encoded(
@@ -102,7 +109,7 @@ def write_index_k(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See ``reference_paged.write_index_k``."""
-    chosen = _cache_write_of(key)
+    chosen = loops_for(index_k_cache) or _cache_write_of(key)
     chosen.write_index_k(key, norm_weight, norm_bias, eps, rotary, rope_dim, index_k_cache, slot_mapping)
 
 
@@ -187,7 +194,8 @@ def select_topk_slots(
 ) -> torch.Tensor:
     """See ``reference.select_topk_slots``; the order within a row is the implementation's own."""
     if scores.is_cpu:
-        return cpu.select_topk_slots(scores, num_visible, topk, block_table, block_size)
+        chosen = loops_for(scores) or cpu
+        return chosen.select_topk_slots(scores, num_visible, topk, block_table, block_size)
     if not has_kernels(scores):
         return reference.select_topk_slots(scores, num_visible, topk, block_table, block_size)
     from argosy.kernels.triton import topk as triton_topk

@@ -9,6 +9,7 @@ Shape letters: see ``reference.py``; e experts, M sorted rows.
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -137,10 +138,21 @@ def _constant(value: float) -> torch.Tensor:
     return torch.tensor(value, device="cpu")
 
 
+def silu_mul_weighted(gate_up: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+    """``silu_mul`` of every expert, times its weight: ``gate_up: [T, e, 2F]``, ``expert_weights: [T, e]`` ->
+    [T, e, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(expert_weights.unsqueeze(2))
+
+
 def weighted_mlp(
-    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, expert_weights: torch.Tensor
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    expert_weights: torch.Tensor,
+    activate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = silu_mul_weighted,
 ) -> torch.Tensor:
-    """Two products over all experts at once.
+    """Two products over all experts at once, ``activate`` between them.
 
     NOTE(numerics): weighted before the second product, whose sum then runs over all experts.
     """
@@ -150,8 +162,7 @@ def weighted_mlp(
     # MKL reads so wide a matrix faster from the left, when there are enough tokens to its right.
     is_left = num_tokens >= _MIN_LEFT_TOKENS
     gate_up = torch.mm(matrix, x.t()).t() if is_left else F.linear(x, matrix)
-    gate_up = gate_up.view(num_tokens, num_experts, joined_width)
-    hidden = F.silu(gate_up[..., :width]).mul_(gate_up[..., width:]).mul_(expert_weights.unsqueeze(2))
+    hidden = activate(gate_up.view(num_tokens, num_experts, joined_width), expert_weights)
     down = down_proj.transpose(0, 1).reshape(hidden_size, num_experts * width)
     return F.linear(hidden.view(num_tokens, num_experts * width), down)
 

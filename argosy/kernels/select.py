@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 import torch
 
 from argosy.kernels.compilations import CompilationCounter, LateCompilations, NoCompilations, Report
+from argosy.kernels.cpu_choice import load_loops
 
 if TYPE_CHECKING:
     from argosy.kernels.triton.one_sided import TritonOneSidedOps
     from argosy.kernels.triton.row_ops import TritonRowOps
 
 SumRows = TypeVar("SumRows", bound=Callable[..., torch.Tensor])
+SpreadWeights = TypeVar("SpreadWeights", bound=Callable[..., tuple[torch.Tensor, torch.Tensor]])
 
 
 def select_sum_rows(device_type: str, reference: SumRows) -> SumRows:
@@ -57,6 +59,12 @@ def select_max_whole_tokens(device_type: str, dtype: torch.dtype) -> int:
     """For ``build_dispatcher(..., max_whole_tokens=...)``, where experts are plain: up to how many tokens a CPU is
     faster with all experts in one product (measured with 32 experts of 64, ``docs/log.md``, 2026-11-22)."""
     return 48 if device_type == "cpu" and dtype == torch.float32 else 0
+
+
+def select_spread_weights(device_type: str, reference: SpreadWeights) -> SpreadWeights:
+    """For ``build_dispatcher(..., spread_weights=...)``: a compiled loop on a CPU that has numba."""
+    loops = load_loops() if device_type == "cpu" else None
+    return reference if loops is None else cast(SpreadWeights, loops.spread_weights)
 
 
 def select_joined_linears(device_type: str, *, is_quantized: bool) -> bool:

@@ -15,6 +15,7 @@ import traceback
 import msgspec
 
 from argosy.distributed.fork_server_start import begin_fork_server
+from argosy.engine.rank_imports import import_as_rank, modules_of_ranks
 from argosy.engine.wire import Spoke
 from argosy.server.child_process import die_with_parent, read_first_words, take_stdin, watch_parent
 from argosy.server.engine_messages import (
@@ -63,8 +64,11 @@ def main() -> None:
 def _import_engine(num_ranks: int) -> None:
     """A second time it takes no time."""
     if num_ranks > 1:
-        begin_fork_server(("argosy.engine.worker",))  # its imports take as long as ours: at the same time
+        begin_fork_server(modules_of_ranks())  # its imports take as long as ours: at the same time
     import argosy.server.engine_loop  # noqa: F401
+
+    if num_ranks == 1:
+        import_as_rank()
 
 
 def _describe(error: BaseException) -> EngineFailed:

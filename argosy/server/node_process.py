@@ -14,6 +14,7 @@ import msgspec
 
 from argosy.config import EngineConfig
 from argosy.distributed.fork_server_start import begin_fork_server
+from argosy.engine.rank_imports import modules_of_ranks
 from argosy.server.child_process import die_with_parent, read_first_words, take_stdin, watch_parent
 
 EXIT_OK = 0  # node 0 has ended the engine in good order
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def _host(config: EngineConfig) -> int:
-    begin_fork_server(("argosy.engine.worker",))  # its imports take as long as ours: at the same time
+    begin_fork_server(modules_of_ranks())  # its imports take as long as ours: at the same time
     from argosy.engine.deployment import host_ranks
     from argosy.engine.rejoin import NoRunError, await_run
 

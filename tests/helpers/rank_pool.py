@@ -119,7 +119,7 @@ class RankPool:
         self._processes, self._pipes, self._store = [], [], None
 
     def _start(self) -> None:
-        MULTIPROCESSING.set_forkserver_preload(["torch", "argosy.distributed.mesh"])
+        MULTIPROCESSING.set_forkserver_preload(["torch", "argosy.distributed.mesh", "argosy.kernels.loops"])
         self._store = host_store()
         for rank in range(self.world_size):
             ours, theirs = MULTIPROCESSING.Pipe()

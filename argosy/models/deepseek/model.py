@@ -7,6 +7,7 @@ are null twins. Invariant: nothing here keeps state between steps except the cac
 Shape letters: T tokens of the batch, t tokens of this rank's slice (T on one rank), D hidden, N rows to sample.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from argosy.config import EPPayload
 from argosy.distributed.communicator import Communicator
 from argosy.distributed.ep_arrange import sum_rows_in_torch
 from argosy.distributed.ep_dispatch import build_dispatcher
+from argosy.distributed.ep_local import spread_weights_on_host
 from argosy.distributed.ep_symmetric import SymmetricTransport
 from argosy.distributed.expert_load import ExpertLoad
 from argosy.distributed.mesh import ParallelMesh
@@ -25,6 +27,7 @@ from argosy.kernels.select import (
     select_expert_layout,
     select_max_whole_tokens,
     select_row_ops,
+    select_spread_weights,
     select_sum_rows,
 )
 from argosy.layers.embedding import build_embedding
@@ -111,6 +114,7 @@ def _build_moe(parts: ModelParts, schemes: Schemes, layer_id: int) -> MoELayer:
         row_ops=select_row_ops(device_type),
         sum_rows=select_sum_rows(device_type, sum_rows_in_torch),
         max_whole_tokens=select_max_whole_tokens(device_type, parts.dtype) if is_plain else 0,
+        spread_weights=select_spread_weights(device_type, spread_weights_on_host),
         symmetric=parts.symmetric,
     )
     return MoELayer(
@@ -138,7 +142,7 @@ class Backbone(nn.Module):
     def forward(self, batch: ForwardBatch, cache: MLAKVCache, num_layers: int | None = None) -> torch.Tensor:
         """This rank's slice of the hidden states after the final norm: [t, D]."""
         hidden_states, delta = self._slices.reduce_scatter(self.embed_tokens(batch.input_ids)), None
-        for layer_id, layer in enumerate(self.layers[:num_layers]):
+        for layer_id, layer in enumerate(itertools.islice(self.layers, num_layers)):  # a slice would be a module
             hidden_states, delta = layer(hidden_states, delta, batch, cache.layer(layer_id))
         return self.norm(hidden_states) if delta is None else self.norm.add(hidden_states, delta)[0]
 

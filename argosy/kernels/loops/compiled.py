@@ -1,0 +1,43 @@
+"""How the loops are compiled: by numba, when they are imported, for the types that their signatures name.
+
+What is compiled is kept on disk and made anew when its file changes. Who changes a loop that is part of another file's
+must delete ``__pycache__``.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from numba import njit
+
+Loop = TypeVar("Loop", bound=Callable[..., object])
+
+# Sums in any order and products joined with additions, which makes loops vector instructions. NaN and infinities keep
+# their meaning.
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def compiled(signature: str) -> Callable[[Loop], Loop]:
+    """``signature``: numba's; ``i8`` for sizes, strides and addresses (``memory.py``), ``f4`` for float32."""
+    return njit(signature, cache=True, fastmath=FAST_MATH, nogil=True, error_model="numpy")  # type: ignore[no-any-return]
+
+
+def inlined(loop: Loop) -> Loop:
+    """Becomes part of the loops that call it: what is constant there is constant in it, which vectors may depend on."""
+    return njit(loop, inline="always")  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def one_process_at_a_time() -> Iterator[None]:
+    """Of this user: of ranks that start together one compiles, and the others load what it made."""
+    path = Path(tempfile.gettempdir()) / f"argosy-loops-{os.getuid()}.lock"
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
