@@ -24,7 +24,7 @@ from argosy.kernels.triton.fp8_gemm import (
     fp8_grouped_gate_up,
     fp8_grouped_gemm,
 )
-from argosy.kernels.triton.hopper_tiles import HopperTile
+from argosy.kernels.triton.fp8_hopper import Fp8HopperTile
 from argosy.kernels.triton.quantize_groups import quantize_groups
 from benchmarks.gpu.measure import Case, relative_error
 
@@ -35,11 +35,18 @@ MAX_ERROR = 4e-3  # of bfloat16 results
 MAX_HIDDEN_ERROR = 8e-3  # of e4m3 ones: a last bit of bfloat16 now and then moves one by a step
 CHECKED_EXPERTS = 4  # the busiest: all would take longer than the measurement
 
-# The candidates. Predictions for an H200: many rows, the loop for Hopper 1,150 to 1,300 TOP/s dense, where Triton's
-# gave 717 to 769; experts 850 at 4,096 tokens (537) and 1,000 at 8,192; without a queue 640 and 780. Decode at 64
-# tokens: one program a multiprocessor is 3 to 6 % faster for gate and up (27 turns of 132 tiles, not 14 of 264).
+# The candidates. Predictions for an H200, many rows: stretches of four blocks 1,230 to 1,400 TOP/s dense and 900 to
+# 1,050 for 256 experts at 8,192 tokens, where single blocks gave 1,054 to 1,092 and 792 to 835. Loaded rows are there
+# because products of 64 columns read 128 bytes of shared memory a clock beside what copies write there, all that it
+# has: 1,250 to 1,450 if that is the limit, and less than without if waiting for the registers is.
 MANY_ROWS, MANY_ROWS_LINEARS = 4096, ((7168, 4096), (1536, 24576), (16384, 7168))
-DENSE_TILES = (HopperTile(), HopperTile(lead=0), HopperTile(lead=2), HopperTile(walked_tiles=4), PLAIN_WIDE_TILE)
+DENSE_TILES = (
+    *(Fp8HopperTile(walked_tiles=4, num_unrolled=count) for count in (1, 2, 4)),
+    *(Fp8HopperTile(walked_tiles=4, num_unrolled=count, has_loaded_rows=True) for count in (1, 4)),
+    *(Fp8HopperTile(walked_tiles=4, lead=lead) for lead in (0, 2)),
+    Fp8HopperTile(),
+    PLAIN_WIDE_TILE,
+)
 FEW_ROWS_LINEARS = ((7168, 4096), (1536, 8192), (1536, 24576), (16384, 7168))
 FEW_ROWS_TILES = {
     1: (PLAIN_TILES[0], Tile(16, 128, 11, 4, True, False, 1), Tile(16, 64, 7, 4, True, False, 3)),
@@ -47,7 +54,12 @@ FEW_ROWS_TILES = {
     64: (PLAIN_TILES[2], Tile(64, 128, 4, 4, True, False, 2), Tile(64, 64, 5, 4, True, False, 3)),
     128: (PLAIN_WIDE_TILE, Tile(128, 128, 6, 8, False, False, 1, 4), Tile(128, 128, 4, 8, True, False, 1)),
 }
-QUEUE_TILES = (HopperTile(), HopperTile(has_queue=False))
+QUEUE_TILES = (
+    *(Fp8HopperTile(num_unrolled=count) for count in (1, 2, 4)),
+    *(Fp8HopperTile(num_unrolled=count, has_loaded_rows=True) for count in (1, 4)),
+    Fp8HopperTile(walked_tiles=4),
+    Fp8HopperTile(has_queue=False),
+)
 GATED_DECODE_TILES = (
     GATED_TILES[0],
     Tile(16, 128, 3, 4, True, True, 2),
@@ -102,12 +114,13 @@ def routings() -> Iterator[tuple[str, torch.Tensor]]:
         yield f"256, {tokens} tokens", draw_routing(tokens)
 
 
-def describe_tile(tile: Tile | HopperTile | None) -> str:
+def describe_tile(tile: Tile | Fp8HopperTile | None) -> str:
     if tile is None:
         return ""
-    if isinstance(tile, HopperTile):
+    if isinstance(tile, Fp8HopperTile):
         queue = "" if tile.has_queue else " no queue"
-        return f"tile hopper s{tile.num_stages} l{tile.lead} g{tile.walked_tiles}{queue} "
+        rows = " loaded rows" if tile.has_loaded_rows else ""
+        return f"tile hopper s{tile.num_stages} l{tile.lead} g{tile.walked_tiles} u{tile.num_unrolled}{rows}{queue} "
     columns = f"2x{tile.block_n}" if tile.is_halved else f"{tile.block_n}"
     return f"tile {tile.block_rows}x{columns} s{tile.num_stages} w{tile.num_warps} p{tile.num_programs} "
 
@@ -118,7 +131,7 @@ def draw_routing(num_tokens: int) -> torch.Tensor:
     return torch.bincount((logits + noise).topk(TOP_K, dim=1)[1].flatten(), minlength=NUM_EXPERTS)
 
 
-def linear(rows: int, in_features: int, out_features: int, tile: Tile | HopperTile | None = None) -> Case:
+def linear(rows: int, in_features: int, out_features: int, tile: Tile | Fp8HopperTile | None = None) -> Case:
     x, x_scale = draw_rows(rows, in_features)
     weight, scale = draw_weight(1, out_features, in_features)
 
@@ -145,7 +158,7 @@ def linear(rows: int, in_features: int, out_features: int, tile: Tile | HopperTi
     )
 
 
-def gate_up(name: str, counts: torch.Tensor, tile: Tile | HopperTile | None = None) -> Case:
+def gate_up(name: str, counts: torch.Tensor, tile: Tile | Fp8HopperTile | None = None) -> Case:
     x, x_scale = draw_rows(int(counts.sum()), HIDDEN_SIZE)
     weight, scale = draw_weight(len(counts), 2 * EXPERT_WIDTH, HIDDEN_SIZE)
     device_counts = counts.to("cuda", torch.int32)
@@ -173,7 +186,7 @@ def gate_up(name: str, counts: torch.Tensor, tile: Tile | HopperTile | None = No
     )
 
 
-def down(name: str, counts: torch.Tensor, tile: Tile | HopperTile | None = None) -> Case:
+def down(name: str, counts: torch.Tensor, tile: Tile | Fp8HopperTile | None = None) -> Case:
     x, x_scale = draw_rows(int(counts.sum()), EXPERT_WIDTH)
     weight, scale = draw_weight(len(counts), HIDDEN_SIZE, EXPERT_WIDTH)
     device_counts = counts.to("cuda", torch.int32)

@@ -18,6 +18,7 @@ from tests.helpers.quantized_twin import quantize_blocks
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+HOPPER_MODULES = tuple(f"argosy.kernels.triton.{name}" for name in ("fp8_hopper", "hopper_tiles", "fp8_hopper_results"))
 # The interpreter cuts bfloat16 where a card rounds.
 DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.float32, torch.bfloat16)
 # (in, out) of linears: DeepSeek's on a card; here such that tiles end inside a row, a column and a block of both.
@@ -225,7 +226,7 @@ def test_hidden_rows_are_quantised_where_they_are_made(
 def hopper_gemm(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """In the interpreter the kernel is put into place."""
     if IS_INTERPRETED:
-        module = load_interpreted("argosy.kernels.triton.fp8_hopper", "argosy.kernels.triton.hopper_tiles")
+        module = load_interpreted(*HOPPER_MODULES)
         monkeypatch.setattr(gemm, "multiply_fp8_on_hopper", module.multiply_fp8_on_hopper)
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper card")
@@ -237,7 +238,10 @@ def hopper_gemm(gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
 HOPPER_COUNTS = ((0, 1, 0, 65, 0), (130, 0, 64), (0, 0), None)
 
 
-@pytest.mark.parametrize(("in_features", "has_queue"), ((112, True), (640, True), (640, False)))
+@pytest.mark.parametrize(
+    ("in_features", "has_queue", "num_unrolled", "has_loaded_rows"),
+    ((112, True, 4, False), (640, True, 4, False), (640, False, 2, True)),
+)
 @pytest.mark.parametrize("counts", HOPPER_COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loop_for_hopper(
@@ -247,14 +251,24 @@ def test_loop_for_hopper(
     counts: tuple[int, ...] | None,
     in_features: int,
     has_queue: bool,
+    num_unrolled: int,
+    has_loaded_rows: bool,
 ) -> None:
-    """Columns and K that end inside a block; fewer blocks of K than the ring has, and more; 3 rows are nobody's."""
+    """Columns and K that end inside a block; fewer blocks of K than the ring and a stretch have, and more, and some
+    that are no whole stretch; 3 rows are nobody's.
+    """
     torch.manual_seed(in_features)
     num_rows = 130 if counts is None else sum(counts) + 3
     x = fused.quantize_groups(draw_rows(num_rows, in_features, torch.float32))
     weight, scale = draw(len(counts or (0,)), 272, in_features)
     device_counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    tile = hopper_gemm.HopperTile(num_stages=4 if has_queue else 3, walked_tiles=2, has_queue=has_queue)
+    tile = hopper_gemm.Fp8HopperTile(
+        num_stages=4 if has_queue else 3,
+        walked_tiles=2,
+        has_queue=has_queue,
+        num_unrolled=num_unrolled,
+        has_loaded_rows=has_loaded_rows,
+    )
     out = hopper_gemm.fp8_grouped_gemm(*x, weight, scale, device_counts, dtype, tile=tile)
     row = 0
     for expert, count in enumerate(counts or (num_rows,)):
@@ -262,6 +276,18 @@ def test_loop_for_hopper(
         inputs = x[0][rows], x[1][rows], weight[expert], scale[expert]
         assert_close(out[rows], reference_fp8.linear_fp8_quantized(*inputs, dtype))
         row += count
+
+
+@pytest.mark.parametrize("has_loaded_rows", (False, True))
+def test_stretches_of_the_loop_for_hopper_change_no_bit(
+    hopper_gemm: ModuleType, fused: ModuleType, has_loaded_rows: bool
+) -> None:
+    torch.manual_seed(11)
+    x, weights = fused.quantize_groups(draw_rows(150, 896, torch.float32)), draw(2, 256, 896)
+    counts = torch.tensor((20, 130), dtype=torch.int32, device=DEVICE)
+    tiles = (hopper_gemm.Fp8HopperTile(num_unrolled=count, has_loaded_rows=has_loaded_rows) for count in (1, 2, 4))
+    first, *others = (hopper_gemm.fp8_grouped_gemm(*x, *weights, counts, torch.float32, tile=tile) for tile in tiles)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("has_ue8m0_scales", (False, True))
@@ -286,7 +312,7 @@ def test_loop_for_hopper_quantises_hidden_rows(
 
 def test_loop_for_hopper_is_for_many_rows_on_such_a_card(gemm: ModuleType) -> None:
     for is_gated in (False, True):
-        assert isinstance(gemm.choose_tile(51 * 256, 256, is_gated, is_hopper=True), gemm.HopperTile)
+        assert isinstance(gemm.choose_tile(51 * 256, 256, is_gated, is_hopper=True), gemm.Fp8HopperTile)
         assert isinstance(gemm.choose_tile(49 * 256, 256, is_gated, is_hopper=True), gemm.Tile)
         assert isinstance(gemm.choose_tile(51 * 256, 256, is_gated, is_hopper=False), gemm.Tile)
 

@@ -6,6 +6,7 @@ What they compute is checked in tests of their own.
 import pkgutil
 import re
 from importlib import import_module
+from itertools import groupby
 
 import pytest
 
@@ -22,6 +23,7 @@ KERNELS: tuple[Kernel, ...] = tuple(
     for kernel in import_module(f"tests.helpers.compiled.{module.name}").KERNELS
 )
 SHARED_BYTES = 227 * 1024  # what a program may have on Hopper
+PRODUCT, WAIT, SUM = "wgmma.mma_async", "wgmma.wait_group.sync.aligned {}", "fma.rn.f32"
 
 
 def describe(kernel: Kernel) -> str:
@@ -43,15 +45,23 @@ def test_kernel_compiles_for_sm_90(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", FP8_HOPPER_KERNELS, ids=describe)
 def test_loop_for_hopper_in_fp8_compiles(kernel: Kernel) -> None:
-    """It fits into shared memory, has two quarters of a block under way at once, and stores 16 bytes at once."""
+    """It fits into shared memory, has two quarters of a block under way at once, adds each one's sums before the next
+    product that writes over them, and stores 16 bytes at once.
+    """
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
     ptx, shared_bytes = compile_gluon(kernel)
     assert shared_bytes <= SHARED_BYTES
     for instruction in kernel.instructions:
         assert instruction in ptx, instruction
-    products = len(re.findall(r"wgmma\.mma_async", ptx))
-    assert re.findall(r"wgmma.wait_group.sync.aligned (\d)", ptx) == ["1", "1", "1", "0"] * 2 and products == 32
+    blocks = int(kernel.constants["NUM_UNROLLED"]), 1  # of a stretch, and of those that are left
+    steps = re.findall(r"wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned \d|fma\.rn\.f32", ptx)
+    loop = []
+    for count in blocks:
+        loop += [(PRODUCT, 8), (WAIT.format(1), 1), (SUM, 32)]
+        loop += [(PRODUCT, 4), (WAIT.format(1), 1), (SUM, 32)] * (4 * count - 2)
+        loop += [(WAIT.format(0), 1), (SUM, 32)]
+    assert [(step, len(list(run))) for step, run in groupby(steps)] == 2 * loop
     assert "st.global.v4.b32" in ptx
 
 

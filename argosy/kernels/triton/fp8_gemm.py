@@ -22,8 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.expert_rows import count_usual_rows
-from argosy.kernels.triton.fp8_hopper import multiply_fp8_on_hopper
-from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
+from argosy.kernels.triton.fp8_hopper import Fp8HopperTile, multiply_fp8_on_hopper
+from argosy.kernels.triton.hopper_tiles import GROUP_ROWS
 from argosy.kernels.triton.quantize_groups import empty_groups, quantize_last_dim
 
 HOPPER = 90
@@ -69,8 +69,8 @@ IDLE_ROWS = 0.25  # an expert, on average
 GATED_WIDE_TILE = Tile(128, 128, 4, 8, False, True, 1)
 # On a Hopper card, for experts that usually get more rows than these. Not measured yet.
 HOPPER_ROWS = 64
-HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
-HOPPER_GATED_TILE = HopperTile()
+HOPPER_PLAIN_TILE = Fp8HopperTile(walked_tiles=4)
+HOPPER_GATED_TILE = Fp8HopperTile()
 
 
 def fp8_grouped_gemm(
@@ -83,7 +83,7 @@ def fp8_grouped_gemm(
     *,
     is_gated: bool = False,
     num_expected_rows: int | None = None,
-    tile: Tile | HopperTile | None = None,
+    tile: Tile | Fp8HopperTile | None = None,
 ) -> torch.Tensor:
     """``x: [M, K]`` e4m3 sorted by expert, ``x_scale: [M, ceil(K / 128)]`` f32 of any strides, ``weight: [e, N, K]``
     e4m3, ``weight_scale_inv: [e, ceil(N / 128), ceil(K / 128)]`` f32, counts [e] int32 (None: one expert has all rows)
@@ -99,7 +99,7 @@ def fp8_grouped_gemm(
     is_dense = num_rows_per_expert is None and not is_gated
     if tile is None:
         tile = choose_tile(num_expected_rows, weight.shape[0], is_gated, _is_on_hopper(x))
-        if is_dense and isinstance(tile, HopperTile) and _count_splits(PLAIN_WIDE_TILE, x, num_columns) > 1:
+        if is_dense and isinstance(tile, Fp8HopperTile) and _count_splits(PLAIN_WIDE_TILE, x, num_columns) > 1:
             tile = PLAIN_WIDE_TILE
     num_splits = _count_splits(tile, x, num_columns) if is_dense and isinstance(tile, Tile) else 1
     if num_splits == 1:
@@ -121,7 +121,7 @@ def fp8_grouped_gate_up(
     *,
     has_ue8m0_scales: bool,
     num_expected_rows: int | None = None,
-    tile: Tile | HopperTile | None = None,
+    tile: Tile | Fp8HopperTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``fp8_grouped_gemm`` with ``is_gated``, whose result of ``hidden_dtype`` is quantised where it is made.
 
@@ -145,7 +145,7 @@ def fp8_grouped_gate_up(
     return quantized, scale
 
 
-def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
+def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | Fp8HopperTile:
     """From what the host knows: the rows, not how they are spread."""
     rows = count_usual_rows(num_rows, num_experts)
     if is_hopper and rows > HOPPER_ROWS:
@@ -176,7 +176,7 @@ def _launch(
     weight_scale_inv: torch.Tensor,
     counts: torch.Tensor | None,
     out: torch.Tensor,
-    tile: Tile | HopperTile,
+    tile: Tile | Fp8HopperTile,
     *,
     is_gated: bool = False,
     num_splits: int = 1,
@@ -190,7 +190,7 @@ def _launch(
         return
     assert not is_gated or out_features % (2 * BLOCK_SIZE) == 0, weight.shape
     hidden = getattr(tl, str(hidden_dtype or out.dtype).removeprefix("torch."))
-    if isinstance(tile, HopperTile):
+    if isinstance(tile, Fp8HopperTile):
         inputs = x, x_scale, weight, weight_scale_inv, counts
         _launch_on_hopper(*inputs, out, out_scale, tile, is_gated, has_ue8m0_scales, hidden)
         return
@@ -238,7 +238,7 @@ def _launch_on_hopper(
     counts: torch.Tensor | None,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
-    tile: HopperTile,
+    tile: Fp8HopperTile,
     is_gated: bool,
     has_ue8m0_scales: bool,
     hidden: tl.dtype,
@@ -273,6 +273,8 @@ def _launch_on_hopper(
         WALKED_TILES=tile.walked_tiles,
         NUM_STAGES=tile.num_stages,
         LEAD=tile.lead,
+        NUM_UNROLLED=tile.num_unrolled,
+        HAS_LOADED_ROWS=tile.has_loaded_rows,
         HAS_QUEUE=has_queue,
         IS_GATED=is_gated,
         IS_DENSE=counts is None,

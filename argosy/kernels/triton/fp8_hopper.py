@@ -2,20 +2,35 @@
 
 Two warp groups walk the tiles of ``hopper_tiles.py``. A block's products are made a quarter of the tile's columns at a
 time: while a group scales and adds one quarter's sums in ordinary float32 units, the tensor cores have its next one, or
-the other group's. Sums of two quarters are all that its registers hold beside the totals. Scales are asked for a block
-of K ahead. Invariant: every output is the sum, in order, of its blocks' sums times scales.
+the other group's. Sums of two quarters are all that its registers hold beside the totals. A few blocks of K are one
+stretch of the program, within which the next block's first quarters start before this one's last is added; between two
+stretches the compiler wants everything waited for. So a group awaits a block before it gives the one before back, which
+a ring of more blocks than ``lead`` allows. Scales are asked for a block of K ahead. Invariant: every output is the sum,
+in order, of its blocks' sums times scales, whatever the stretches.
 
 Shape letters: those of ``fp8_gemm.py``.
 """
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from argosy.kernels.triton.fp8_hopper_results import (
+    HALF,
+    QUARTER,
+    find_group_scale,
+    quantize,
+    silu_mul,
+    store,
+    store_scale,
+)
 from argosy.kernels.triton.hopper_tiles import (
     GROUP_ROWS,
     NUM_GROUPS,
     REGISTERS,
+    HopperTile,
     await_lead,
     await_step,
     copy_blocks,
@@ -23,18 +38,16 @@ from argosy.kernels.triton.hopper_tiles import (
     find_next_tile,
     find_round,
     follow_blocks,
-    lay_out_stores,
     open_ring,
 )
 
-HALF = gl.constexpr(128)  # of a tile: columns that share their scales
-QUARTER = gl.constexpr(64)
-LOG2_E = gl.constexpr(1.4426950408889634)
-LARGEST = gl.constexpr(448.0)
-SMALLEST_AMAX = gl.constexpr(1e-4)
-EXPONENT_BITS = gl.constexpr(0x7F800000)
-FRACTION_BITS = gl.constexpr(0x007FFFFF)
-ONE_SQUARED_BITS = gl.constexpr(0x7F000000)  # without a power of two's bits: its reciprocal's
+
+@dataclass(frozen=True, slots=True)
+class Fp8HopperTile(HopperTile):
+    """``has_loaded_rows``: the instruction takes rows from registers, which spares it three of four reads of them."""
+
+    num_unrolled: int = 4  # blocks of K in a stretch
+    has_loaded_rows: bool = False
 
 
 @gluon.jit(do_not_specialize=["num_rows", "x_scale_group_stride"])
@@ -57,6 +70,8 @@ def multiply_fp8_on_hopper(
     WALKED_TILES: gl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     NUM_STAGES: gl.constexpr,  # noqa: N803
     LEAD: gl.constexpr,  # noqa: N803
+    NUM_UNROLLED: gl.constexpr,  # noqa: N803
+    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
@@ -86,6 +101,8 @@ def multiply_fp8_on_hopper(
                     WALKED_TILES,
                     NUM_STAGES,
                     LEAD,
+                    NUM_UNROLLED,
+                    HAS_LOADED_ROWS,
                     HAS_QUEUE,
                     IS_GATED,
                     IS_DENSE,
@@ -107,6 +124,8 @@ def multiply_fp8_on_hopper(
                     WALKED_TILES,
                     NUM_STAGES,
                     LEAD,
+                    NUM_UNROLLED,
+                    HAS_LOADED_ROWS,
                     HAS_QUEUE,
                     IS_GATED,
                     IS_DENSE,
@@ -150,6 +169,8 @@ def _multiply(
     WALKED_TILES: gl.constexpr,  # noqa: N803
     NUM_STAGES: gl.constexpr,  # noqa: N803
     LEAD: gl.constexpr,  # noqa: N803
+    NUM_UNROLLED: gl.constexpr,  # noqa: N803
+    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
@@ -172,47 +193,37 @@ def _multiply(
         row = tile_row + group * GROUP_ROWS
         if row < count:
             places = _find_scales(scales, walk, sizes, expert, first_row + row, column, num_blocks, IS_GATED, SUMS)
-            row_scale, left_scale, right_scale = _load_scales(places, scales, 0)
+            ahead = _load_scales(places, scales, 0)
             await_lead(group, block, num_blocks, buffers, NUM_STAGES, LEAD)
             nothing = gl.zeros([GROUP_ROWS, QUARTER], gl.float32, layout=SUMS)
-            total_0, total_1, total_2, total_3 = nothing, nothing, nothing, nothing
-            even, odd = nothing, nothing
-            for number in range(num_blocks):
-                next_scales = _load_scales(places, scales, gl.minimum(number + 1, num_blocks - 1))
-                left = gl.expand_dims(row_scale * left_scale, 1)
-                right = gl.expand_dims(row_scale * right_scale, 1)
-                stage = (block + number) % NUM_STAGES
-                mbarrier.wait(full.index(stage), find_round(block + number, NUM_STAGES))
-                block_rows = rows.index(stage * NUM_GROUPS + group)
-                box = weights.index(stage)
-                even = _multiply_quarter(block_rows, box, 0, even)
-                odd = _multiply_quarter(block_rows, box, 1, odd)
-                even = warpgroup_mma_wait(1, deps=(even,))
-                total_0 = total_0 + even * left
-                even = _multiply_quarter(block_rows, box, 2, even)
-                odd = warpgroup_mma_wait(1, deps=(odd,))
-                total_1 = total_1 + odd * left
-                odd = _multiply_quarter(block_rows, box, 3, odd)
-                even = warpgroup_mma_wait(1, deps=(even,))
-                total_2 = total_2 + even * right
-                odd = warpgroup_mma_wait(0, deps=(odd,))
-                mbarrier.arrive(empty.index(stage * NUM_GROUPS + group))
-                total_3 = total_3 + odd * right
-                row_scale, left_scale, right_scale = next_scales
+            totals = (nothing, nothing, nothing, nothing)
+            sums = (nothing, nothing)
+            num_whole = num_blocks // NUM_UNROLLED * NUM_UNROLLED
+            for number in range(0, num_whole, NUM_UNROLLED):
+                totals, sums, ahead = _add_blocks(
+                    group, block, number, num_blocks, totals, sums, ahead, places, scales, buffers, SUMS,
+                    NUM_STAGES, NUM_UNROLLED, HAS_LOADED_ROWS,
+                )  # fmt: skip
+            for number in range(num_whole, num_blocks):
+                totals, sums, ahead = _add_blocks(
+                    group, block, number, num_blocks, totals, sums, ahead, places, scales, buffers, SUMS,
+                    NUM_STAGES, 1, HAS_LOADED_ROWS,
+                )  # fmt: skip
+            total_0, total_1, total_2, total_3 = totals
             if IS_GATED:
-                total_0 = _gate(total_0, total_2, HIDDEN_DTYPE)
-                total_1 = _gate(total_1, total_3, HIDDEN_DTYPE)
+                total_0 = silu_mul(total_0, total_2, HIDDEN_DTYPE)
+                total_1 = silu_mul(total_1, total_3, HIDDEN_DTYPE)
             if IS_QUANTIZED:
-                scale, factor = _find_group_scale(total_0, total_1, HAS_UE8M0_SCALES)
-                _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS)
-                total_0 = _quantize(total_0, scale, factor, HAS_UE8M0_SCALES)
-            _store(total_0, results, row, first_row, count, column, num_columns)
+                scale, factor = find_group_scale(total_0, total_1, HAS_UE8M0_SCALES)
+                store_scale(scale, results, row, first_row, count, column, num_rows, SUMS)
+                total_0 = quantize(total_0, scale, factor, HAS_UE8M0_SCALES)
+            store(total_0, results, row, first_row, count, column, num_columns)
             if IS_QUANTIZED:
-                total_1 = _quantize(total_1, scale, factor, HAS_UE8M0_SCALES)
-            _store(total_1, results, row, first_row, count, column + QUARTER, num_columns)
+                total_1 = quantize(total_1, scale, factor, HAS_UE8M0_SCALES)
+            store(total_1, results, row, first_row, count, column + QUARTER, num_columns)
             if not IS_GATED:
-                _store(total_2, results, row, first_row, count, column + HALF, num_columns)
-                _store(total_3, results, row, first_row, count, column + HALF + QUARTER, num_columns)
+                store(total_2, results, row, first_row, count, column + HALF, num_columns)
+                store(total_3, results, row, first_row, count, column + HALF + QUARTER, num_columns)
         else:
             follow_blocks(group, block, num_blocks, buffers, NUM_STAGES)
         step = await_step(queue, turn, NUM_STAGES, HAS_QUEUE)
@@ -222,10 +233,98 @@ def _multiply(
 
 
 @gluon.jit
+def _add_blocks(
+    group: gl.constexpr,
+    first_block,
+    number,
+    num_blocks,
+    totals,
+    sums,
+    ahead,
+    places,
+    scales,
+    buffers,
+    SUMS: gl.constexpr,  # noqa: N803
+    NUM_STAGES: gl.constexpr,  # noqa: N803
+    NUM_UNROLLED: gl.constexpr,  # noqa: N803
+    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
+):
+    """The stretch of blocks from ``number`` on. ``ahead``: the first one's scales; ``sums`` are there for their
+    registers.
+    """
+    rows, weights, full, empty = buffers
+    total_0, total_1, total_2, total_3 = totals
+    even, odd = sums
+    block = first_block + number
+    block_rows, box = _await_block(group, block, buffers, NUM_STAGES)
+    block_rows = _load_rows(block_rows, SUMS, HAS_LOADED_ROWS)
+    even = _multiply_quarter(block_rows, box, 0, even)
+    odd = _multiply_quarter(block_rows, box, 1, odd)
+    for step in gl.static_range(NUM_UNROLLED):
+        row_scale, left_scale, right_scale = ahead
+        ahead = _load_scales(places, scales, gl.minimum(number + step + 1, num_blocks - 1))
+        left = gl.expand_dims(row_scale * left_scale, 1)
+        right = gl.expand_dims(row_scale * right_scale, 1)
+        even = warpgroup_mma_wait(1, deps=(even,))
+        total_0 = _add_scaled(total_0, even, left)
+        even = _multiply_quarter(block_rows, box, 2, even)
+        odd = warpgroup_mma_wait(1, deps=(odd,))
+        total_1 = _add_scaled(total_1, odd, left)
+        odd = _multiply_quarter(block_rows, box, 3, odd)
+        emptied = empty.index((block + step) % NUM_STAGES * NUM_GROUPS + group)
+        if step + 1 < NUM_UNROLLED:
+            next_rows, box = _await_block(group, block + step + 1, buffers, NUM_STAGES)
+            even = warpgroup_mma_wait(1, deps=(even,))
+            total_2 = _add_scaled(total_2, even, right)
+            if HAS_LOADED_ROWS:  # registers of another block's rows are not to be had
+                odd = warpgroup_mma_wait(0, deps=(odd,))
+            block_rows = _load_rows(next_rows, SUMS, HAS_LOADED_ROWS)
+            even = _multiply_quarter(block_rows, box, 0, even)
+            if not HAS_LOADED_ROWS:
+                odd = warpgroup_mma_wait(1, deps=(odd,))
+            total_3 = _add_scaled(total_3, odd, right)
+            odd = _multiply_quarter(block_rows, box, 1, odd)
+        else:
+            even = warpgroup_mma_wait(1, deps=(even,))
+            total_2 = _add_scaled(total_2, even, right)
+            odd = warpgroup_mma_wait(0, deps=(odd,))
+            total_3 = _add_scaled(total_3, odd, right)
+        mbarrier.arrive(emptied)
+    return (total_0, total_1, total_2, total_3), (even, odd), ahead
+
+
+@gluon.jit
+def _await_block(group: gl.constexpr, block, buffers, NUM_STAGES: gl.constexpr):  # noqa: N803
+    """The group's rows of it, and its box of weights."""
+    rows, weights, full, empty = buffers
+    stage = block % NUM_STAGES
+    mbarrier.wait(full.index(stage), find_round(block, NUM_STAGES))
+    return rows.index(stage * NUM_GROUPS + group), weights.index(stage)
+
+
+@gluon.jit
+def _load_rows(block_rows, SUMS: gl.constexpr, HAS_LOADED_ROWS: gl.constexpr):  # noqa: N803
+    return block_rows.load(gl.DotOperandLayout(0, SUMS, 4)) if HAS_LOADED_ROWS else block_rows
+
+
+@gluon.jit
 def _multiply_quarter(block_rows, box, quarter: gl.constexpr, sums):
     """Starts it. The sums before are written over: so the compiler takes their registers, and no others."""
     columns = box.slice(quarter * QUARTER, QUARTER).permute((1, 0))
     return warpgroup_mma(block_rows, columns, sums, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_scaled(total, sums, scale):
+    """total + sums * scale, rounded once.
+
+    NOTE(order): here, and nowhere else, hence the impure assembly: the compiler moves pure sums behind the stretch's
+    last product, and then has no registers for what they wait for.
+    """
+    operands = [sums, scale, total]
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", operands, dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -258,60 +357,3 @@ def _load_scales(places, scales, block):
     row_scales, left_scales, right_scales = places
     x_scale, weight_scale_inv, row_stride, group_stride = scales
     return gl.load(row_scales + block * group_stride), gl.load(left_scales + block), gl.load(right_scales + block)
-
-
-@gluon.jit
-def _gate(gate, up, HIDDEN_DTYPE: gl.constexpr):  # noqa: N803
-    gate = gate.to(HIDDEN_DTYPE).to(gl.float32)
-    up = up.to(HIDDEN_DTYPE).to(gl.float32)
-    return (gate / (1.0 + gl.exp2(gate * -LOG2_E)) * up).to(HIDDEN_DTYPE).to(gl.float32)
-
-
-@gluon.jit
-def _find_group_scale(left, right, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
-    """As ``quantize_groups.quantize_last_dim`` of both together: the scale, and its reciprocal."""
-    amax = gl.maximum(gl.max(gl.abs(left), axis=1), gl.max(gl.abs(right), axis=1))
-    scale = gl.div_rn(gl.maximum(amax, SMALLEST_AMAX), LARGEST)
-    if HAS_UE8M0_SCALES:  # up to the next power of two, whose reciprocal is exact
-        bits = (gl.cast(scale, gl.int32, bitcast=True) + FRACTION_BITS) & EXPONENT_BITS
-        scale = gl.cast(bits, gl.float32, bitcast=True)
-        factor = gl.cast(ONE_SQUARED_BITS - bits, gl.float32, bitcast=True)
-    else:
-        factor = gl.div_rn(1.0, scale)
-    return scale, factor
-
-
-@gluon.jit
-def _store_scale(scale, results, row, first_row, count, column, num_rows, SUMS: gl.constexpr):  # noqa: N803
-    out, out_scale = results
-    row_ids = row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SUMS))
-    places = out_scale + (column // HALF).to(gl.int64) * num_rows + first_row + row_ids
-    gl.store(places, scale, mask=row_ids < count)
-
-
-@gluon.jit
-def _quantize(values, scale, factor, HAS_UE8M0_SCALES: gl.constexpr):  # noqa: N803
-    """Numbers for a cast that rounds: values over scale, as division rounds them.
-
-    NOTE(numerics): a product with the reciprocal, and what is then left over, once more (Markstein, 1990); a division
-    of each would call a subroutine, around which the loop's sums are spilled.
-    """
-    factor = gl.expand_dims(factor, 1)
-    quotient = values * factor
-    if not HAS_UE8M0_SCALES:
-        left_over = gl.fma(-quotient, gl.expand_dims(scale, 1), values)
-        quotient = gl.fma(left_over, factor, quotient)
-    return gl.where(quotient > LARGEST, LARGEST, gl.where(quotient < -LARGEST, -LARGEST, quotient))  # NaN stays
-
-
-@gluon.jit
-def _store(value, results, row, first_row, count, column, num_columns):
-    out, out_scale = results
-    dtype: gl.constexpr = out.dtype.element_ty
-    STORED: gl.constexpr = lay_out_stores(QUARTER, dtype)  # noqa: N806
-    value = gl.convert_layout(value.to(dtype), STORED)
-    row_ids = row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, STORED))
-    columns = column + gl.arange(0, QUARTER, layout=gl.SliceLayout(0, STORED))
-    places = gl.expand_dims((first_row + row_ids).to(gl.int64) * num_columns, 1) + gl.expand_dims(columns, 0)
-    is_stored = gl.expand_dims(row_ids < count, 1) & gl.expand_dims(columns < num_columns, 0)
-    gl.store(out + places, value, mask=is_stored)

@@ -73,6 +73,7 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
         | {"in_features": "i32", "x_scale_group_stride": "i32"}
         | ({} if is_dense else {"num_experts": "i32"}),
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
+        | {"NUM_UNROLLED": tile.num_unrolled, "HAS_LOADED_ROWS": tile.has_loaded_rows}
         | {"HAS_QUEUE": not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
         | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
         | ({"num_experts": 1} if is_dense else {}),
