@@ -47,7 +47,7 @@ NUM_SPECIFIED_ROWS = 2  # compared with the specification itself, which is slow;
 Result = TypeVar("Result")
 
 # The candidates. At most a handful each: they are compared in one run on a card, and the best goes into the tables.
-FEW_ROWS_LINEARS = ((7168, 2240), (7168, 4096), (2048, 7168), (16384, 7168), (1536, 24576))
+FEW_ROWS_LINEARS = ((7168, 2240), (1536, 8192), (7168, 4096), (2048, 7168), (16384, 7168), (1536, 24576))
 WHOLE = 2**20  # no K is longer: a split tile that walks all of it
 FEW_ROWS_TILES = {
     1: (
@@ -72,6 +72,7 @@ FEW_ROWS_TILES = {
     32: (SplitTile(32, 64, 256, 8, 4, 512), SplitTile(32, 128, 256, 5, 4, 1024), NarrowTile(32, 512, 6, 4, 32)),
     64: (
         SplitTile(64, 128, 128, 6, 4, 512),
+        SplitTile(64, 128, 128, 6, 4, 2048),
         SplitTile(64, 128, 128, 4, 4, 512, num_resident=2),
         SplitTile(64, 64, 128, 4, 4, 512, num_resident=3),
         SplitTile(64, 256, 128, 5, 8, 512),
@@ -82,6 +83,9 @@ FEW_ROWS_TILES = {
         SplitTile(128, 128, 128, 3, 8, 512, num_resident=2),
         SplitTile(128, 128, 64, 6, 8, 512, num_resident=2),
         SplitTile(128, 256, 128, 4, 8, 1024),
+        SplitTile(128, 64, 128, 8, 4, 2048),
+        SplitTile(128, 64, 128, 4, 4, 512, num_resident=2),
+        SplitTile(128, 64, 128, 3, 4, 512, num_resident=3),
     ),
     256: (SplitTile(256, 128, 128, 4, 8, 2048), SplitTile(256, 64, 128, 4, 8, 2048)),
 }

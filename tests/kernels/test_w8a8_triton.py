@@ -101,7 +101,12 @@ FEW_ROWS_SIZE = (2160, 150) if IS_INTERPRETED else (7216, 1544)
 
 
 @pytest.mark.parametrize(
-    ("table", "number"), [*(("NARROW_TILES", number) for number in range(3)), *(("SPLIT_TILES", n) for n in range(4))]
+    ("table", "number"),
+    [
+        *(("NARROW_TILES", number) for number in range(3)),
+        *(("SPLIT_TILES", number) for number in range(4)),
+        ("WIDE_SPLIT_TILES", 128),
+    ],
 )
 def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -> None:
     torch.manual_seed(number)
@@ -111,6 +116,13 @@ def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -
         inputs = *draw(num_rows, size[0]), *draw(size[1], size[0]), torch.float32
         out = few_rows.w8a8_few_rows(*inputs, tile=tile)
         assert torch.equal(out, reference_w8a8.linear_w8a8_quantized(*inputs))
+
+
+def test_wide_tiles_are_taken_where_each_multiprocessor_has_one(few_rows: ModuleType) -> None:
+    wide = few_rows.WIDE_SPLIT_TILES[128]
+    chosen = {size: few_rows.choose_tile(100, size, 132) for size in (7168, 24576, 36864)}
+    assert {size for size, tile in chosen.items() if tile == wide} == {24576}
+    assert few_rows.choose_tile(64, 24576, 132) in few_rows.SPLIT_TILES
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,11 @@
-from argosy.kernels.triton.w8a8_few_rows import NARROW_TILES, SPLIT_TILES, SUM_BLOCK, NarrowTile, SplitTile
+from argosy.kernels.triton.w8a8_few_rows import (
+    NARROW_TILES,
+    SPLIT_TILES,
+    SUM_BLOCK,
+    WIDE_SPLIT_TILES,
+    NarrowTile,
+    SplitTile,
+)
 from tests.helpers.compiled import Kernel
 
 SCALES = {"x_scale": "*fp32", "weight_scale": "*fp32"}
@@ -43,7 +50,11 @@ def split(tile: SplitTile, *, is_whole: bool) -> Kernel:
 
 KERNELS = (
     *(narrow(tile) for tile in NARROW_TILES),
-    *(split(tile, is_whole=is_whole) for tile in SPLIT_TILES for is_whole in (True, False)),
+    *(
+        split(tile, is_whole=is_whole)
+        for tile in (*SPLIT_TILES, *WIDE_SPLIT_TILES.values())
+        for is_whole in (True, False)
+    ),
     Kernel(
         "w8a8_few_rows._sum_scaled_kernel",
         {"parts": "*i32"} | SCALES | {"out": "*bf16", "num_rows": "i32", "out_features": "i32"},
