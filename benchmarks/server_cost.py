@@ -5,7 +5,7 @@ The first two are measured on ``argosy serve`` as it is, over an engine that com
 threads, which other load on the machine does not stretch as it does wall time. Ready is the built-in model's.
 Invariant: numbers are printed only after every stream of every run said exactly what its engine did.
 
-    python -m benchmarks.server_cost [--streams 32] [--tokens 300] [--runs 5]
+    python -m benchmarks.server_cost [--streams 32] [--tokens 120] [--runs 3]
 """
 
 import argparse
@@ -13,16 +13,19 @@ import asyncio
 import json
 import os
 import platform
+import queue
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import argosy
 from argosy.cli.code_version import read_commit, read_version
@@ -68,8 +71,8 @@ class Stream:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32, help="at once")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens a stream")
-    parser.add_argument("--runs", type=int, default=5, help="of each measurement; their spread is reported")
+    parser.add_argument("--tokens", type=int, default=120, help="tokens a stream")
+    parser.add_argument("--runs", type=int, default=3, help="of each measurement; their spread is reported")
     parser.add_argument("--no-ready", action="store_true", help="leave out the start with the built-in model")
     parser.add_argument("--profile", metavar="FILE", help="write what cProfile sees in the API process")
     parser.add_argument(SERVER_FLAG, action="store_true", help=argparse.SUPPRESS)
@@ -107,19 +110,29 @@ def started_server(profile: str | None) -> Iterator[tuple[str, int]]:
 def started(command: list[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    reader = threading.Thread(target=_read_log, args=(process.stderr, said := queue.SimpleQueue[str]()), daemon=True)
+    reader.start()
     try:
-        deadline_s = time.monotonic() + START_S
-        for line in process.stderr:
-            if match := re.search(r"listening on http://(\S+)", line):
-                yield match.group(1), process
-                return
-            if time.monotonic() > deadline_s:
-                break
-        raise RuntimeError(f"{' '.join(command)} was not ready within {START_S:g} s")
+        yield _wait_for_address(said, command), process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.stderr.close()
         process.wait(timeout=START_S)
+        reader.join()
+
+
+def _read_log(log: IO[str], said: "queue.SimpleQueue[str]") -> None:
+    """To its end: a server whose log nobody reads stands still when the pipe is full."""
+    for line in log:
+        said.put(line)
+    said.put("")
+
+
+def _wait_for_address(said: "queue.SimpleQueue[str]", command: list[str]) -> str:
+    deadline_s = time.monotonic() + START_S
+    while line := said.get(timeout=max(0.0, deadline_s - time.monotonic())):
+        if match := re.search(r"listening on http://(\S+)", line):
+            return match.group(1)
+    raise RuntimeError(f"{' '.join(command)} ended before it was ready")
 
 
 def measure_tokens(url: str, pid: int, path: str, num_streams: int, num_tokens: int) -> Callable[[], float]:

@@ -30,7 +30,6 @@ class IncrementalDetokenizer:
         "_state",
         "num_tokens",
         "stop_reason",
-        "text",
     )
 
     def __init__(
@@ -58,20 +57,18 @@ class IncrementalDetokenizer:
         self._min_tokens = min_tokens
         self.num_tokens = 0
         self.stop_reason: str | None = None
-        self.text = ""  # all that was shown so far
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Takes new tokens and returns the text that may now be shown; after a stop string it ignores them."""
-        table = self._byte_table
+        table, decode, matcher = self._byte_table, self._decode, self._matcher
         shown = ""
         for token_id in token_ids:
             if self.stop_reason is not None:
                 break
             assert 0 <= token_id < len(table), f"token id {token_id} is not in [0, {len(table)}): sampled from padding?"
             self.num_tokens += 1
-            piece = self._decode(table[token_id])
-            shown += piece if self._matcher is None else self._search(piece, self._matcher)
-        self.text += shown
+            piece = decode(table[token_id])
+            shown += piece if matcher is None else self._search(piece, matcher)
         return shown
 
     def finish(self) -> str:
@@ -83,7 +80,6 @@ class IncrementalDetokenizer:
         if self.stop_reason is None:
             shown += self._held
             self._held = ""
-        self.text += shown
         return shown
 
     def _search(self, piece: str, matcher: "StopMatcher") -> str:

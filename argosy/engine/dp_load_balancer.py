@@ -10,7 +10,7 @@ class DPLoadBalancer:
 
     def __init__(self, num_replicas: int) -> None:
         self._loads = [0] * num_replicas
-        self._requests: dict[str, tuple[int, int]] = {}  # request_id -> (dp rank, tokens)
+        self._requests: dict[str, list[int]] = {}  # request_id -> dp rank, tokens
 
     @property
     def num_replicas(self) -> int:
@@ -48,16 +48,15 @@ class DPLoadBalancer:
             raise ValueError(f"request_id {request_id!r} is already in use; choose another")
         if dp_rank is None:
             dp_rank = min(range(self.num_replicas), key=self._loads.__getitem__)
-        self._requests[request_id] = (dp_rank, num_tokens)
+        self._requests[request_id] = [dp_rank, num_tokens]
         self._loads[dp_rank] += num_tokens
         return dp_rank
 
     def grow(self, request_id: str, num_tokens: int) -> None:
         """A request has ``num_tokens`` more; unknown ids are over and count nothing."""
-        if request_id in self._requests:
-            dp_rank, known = self._requests[request_id]
-            self._requests[request_id] = (dp_rank, known + num_tokens)
-            self._loads[dp_rank] += num_tokens
+        if (entry := self._requests.get(request_id)) is not None:
+            entry[1] += num_tokens
+            self._loads[entry[0]] += num_tokens
 
     def remove(self, request_id: str) -> int | None:
         """A request is over; its dp rank, None if it was over before."""

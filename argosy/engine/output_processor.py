@@ -121,9 +121,9 @@ class OutputProcessor:
                 continue
             completion.apply(delta)
             request = completion.request
+            changed[request.request_id] = request
             if delta.prompt_logprobs is not None:
                 request.prompt_logprobs, request.lacks_prompt_logprobs = [None, *delta.prompt_logprobs], False
-            changed[request.request_id] = request
             if request.first_token_s is None and completion.token_ids:
                 request.first_token_s = now_s
             if completion.finish_reason is not None:
@@ -210,8 +210,8 @@ class _Completion:
         "_detokenizer",
         "_index",
         "_logprobs",
-        "_num_told_characters",
         "_num_told_tokens",
+        "_pieces",
         "_shows_stop_token",
         "_stop_reason",
         "_text_end",
@@ -239,7 +239,7 @@ class _Completion:
         self.num_cached_tokens = 0
         self.has_news = False
         self._num_told_tokens = 0
-        self._num_told_characters = 0
+        self._pieces: list[str] = []  # of the text; once told, deltas forget them
         self._index = child.index
         self._stop_reason: int | str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
@@ -251,32 +251,27 @@ class _Completion:
         )
 
     def apply(self, delta: TokenDelta) -> None:
-        detokenizer = self._detokenizer
         self.has_news = True
-        new_ids = delta.new_token_ids
-        num_before = len(self.token_ids)
-        # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
-        is_last_hidden = delta.finish_reason in (FinishReason.STOP, FinishReason.ERROR) and not self._shows_stop_token
-        is_at_end = self._append(new_ids[:-1] if is_last_hidden else new_ids)
-        finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
-        if is_at_end:
-            finish_reason, stop_reason = FinishReason.STOP, None
-        if finish_reason is not None:
-            detokenizer.finish()
-        if detokenizer.stop_reason is not None:
-            finish_reason, stop_reason = FinishReason.STOP, detokenizer.stop_reason
-        if is_at_end or detokenizer.stop_reason is not None:
-            new_ids = new_ids[: detokenizer.num_tokens - num_before]
-        self.token_ids += new_ids
-        self._add_logprobs(delta.new_logprobs, len(new_ids))
-        self.finish_reason, self._stop_reason = finish_reason, stop_reason
         self.num_cached_tokens = delta.num_cached_tokens
+        detokenizer, new_ids = self._detokenizer, delta.new_token_ids
+        if delta.finish_reason is not None or self._text_end is not None:
+            new_ids = self._apply_with_end(delta)
+        else:
+            num_before = detokenizer.num_tokens
+            self._pieces.append(detokenizer.append(new_ids))
+            if detokenizer.stop_reason is not None:
+                self._stop_at_string(detokenizer.stop_reason)
+                new_ids = new_ids[: detokenizer.num_tokens - num_before]
+        self.token_ids += new_ids
+        if self._logprobs is not None:
+            self._add_logprobs(self._logprobs, delta.new_logprobs, len(new_ids))
 
     def build_output(self) -> CompletionOutput:
         logprobs = self._logprobs
+        self._pieces = ["".join(self._pieces)]
         return CompletionOutput(
             index=self._index,
-            text=self._detokenizer.text,
+            text=self._pieces[0],
             token_ids=self.token_ids.copy(),  # the user may keep an output while this list grows
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             stop_reason=self._stop_reason,
@@ -286,31 +281,61 @@ class _Completion:
 
     def build_delta(self) -> CompletionOutput:
         """What came since the last call; ``cumulative_logprob`` stays that of all tokens."""
-        text, logprobs = self._detokenizer.text, self._logprobs
+        logprobs, num_told = self._logprobs, self._num_told_tokens
         output = CompletionOutput(
-            index=self._index,
-            text=text[self._num_told_characters :],
-            token_ids=self.token_ids[self._num_told_tokens :],
-            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
-            stop_reason=self._stop_reason,
-            cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
-            logprobs=None if logprobs is None else logprobs[self._num_told_tokens :],
+            self._index,
+            "".join(self._pieces),
+            self.token_ids[num_told:],
+            None if self.finish_reason is None else self.finish_reason.value,
+            self._stop_reason,
+            None if logprobs is None else self._cumulative_logprob,
+            None if logprobs is None else logprobs[num_told:],
         )
-        self._num_told_characters, self._num_told_tokens = len(text), len(self.token_ids)
+        self._pieces.clear()
+        self._num_told_tokens = len(self.token_ids)
         self.has_news = False
         return output
+
+    def _apply_with_end(self, delta: TokenDelta) -> list[int]:
+        """Of a delta that ends the completion, or may; the new tokens that belong to it."""
+        detokenizer = self._detokenizer
+        new_ids = delta.new_token_ids
+        num_before = detokenizer.num_tokens
+        # A stop token (or end-of-sentence) belongs to token_ids, and to the text only on request.
+        is_last_hidden = delta.finish_reason in (FinishReason.STOP, FinishReason.ERROR) and not self._shows_stop_token
+        is_at_end = self._append(new_ids[:-1] if is_last_hidden else new_ids)
+        self.finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
+        if is_at_end:
+            self.finish_reason, self._stop_reason = FinishReason.STOP, None
+        if self.finish_reason is not None:
+            self._pieces.append(detokenizer.finish())
+        if detokenizer.stop_reason is not None:
+            self._stop_at_string(detokenizer.stop_reason)
+        if is_at_end or detokenizer.stop_reason is not None:
+            return new_ids[: detokenizer.num_tokens - num_before]
+        return new_ids
 
     def _append(self, token_ids: list[int]) -> bool:
         """Whether the text is at its end; then the tokens behind it were not taken."""
         if self._text_end is None:
-            self._detokenizer.append(token_ids)
+            self._pieces.append(self._detokenizer.append(token_ids))
             return False
-        return any(self._text_end.is_reached(self._detokenizer.append([token_id])) for token_id in token_ids)
+        for token_id in token_ids:
+            shown = self._detokenizer.append([token_id])
+            self._pieces.append(shown)
+            if self._text_end.is_reached(shown):
+                return True
+        return False
 
-    def _add_logprobs(self, new_logprobs: list[TokenLogprobs] | None, num_tokens: int) -> None:
-        if self._logprobs is None or num_tokens == 0:
+    def _stop_at_string(self, stop: str) -> None:
+        self.finish_reason, self._stop_reason = FinishReason.STOP, stop
+
+    def _add_logprobs(
+        self, logprobs: list[TokenLogprobs], new_logprobs: list[TokenLogprobs] | None, num_tokens: int
+    ) -> None:
+        if num_tokens == 0:
             return
         assert new_logprobs is not None and len(new_logprobs) >= num_tokens, f"{self.request_id}: logprobs are missing"
         kept = new_logprobs[:num_tokens]
-        self._logprobs += kept
+        logprobs += kept
         self._cumulative_logprob += sum(each.logprob for each in kept)

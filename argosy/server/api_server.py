@@ -6,7 +6,7 @@ Invariant: a handler that has opened a feed closes it, whatever happens.
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fastapi import FastAPI, Request
@@ -47,15 +47,13 @@ from argosy.server.protocol import (
 from argosy.server.replica_choice import HEADER as REPLICA_HEADER
 from argosy.server.replica_choice import choose_replica
 from argosy.server.settings import ServerConfig
-from argosy.server.streaming import CLIENT_GONE_STATUS, EventStream, as_json, run_until_disconnect
+from argosy.server.streaming import CLIENT_GONE_STATUS, EventStream, StreamedAnswer, as_json, run_until_disconnect
 from argosy.server.structured import Constraint
 from argosy.server.text_work import TextWork
 
 
-class Answer(Protocol):
+class Answer(StreamedAnswer, Protocol):
     async def whole(self, feed: OutputFeed) -> dict[str, object]: ...
-
-    def events(self, feed: OutputFeed) -> AsyncIterator[bytes]: ...
 
 
 class Service:
@@ -240,7 +238,7 @@ class Service:
             feed.close()
 
         if request.stream:
-            return EventStream(answer.events(feed), close)
+            return EventStream(answer, feed, close)
         whole = await run_until_disconnect(http, answer.whole(feed), close)
         return Response(status_code=CLIENT_GONE_STATUS) if whole is None else as_json(whole)
 

@@ -17,7 +17,7 @@ from argosy.server.chat_stream import ChatPiece, ChatStream, FirstCallEnd
 from argosy.server.logprobs import token_text, write_prompt_logprobs
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import ChatRequest
-from argosy.server.streaming import DONE, EventFrame
+from argosy.server.streaming import DONE, EventFrame, TextFrame
 from argosy.server.usage import Usage
 
 
@@ -42,6 +42,9 @@ class ChatAnswer:
             )
             for _ in range(request.n)
         ]
+        self._frame = EventFrame(self._base("chat.completion.chunk"))
+        self._text_frame = TextFrame(self._frame, self._text_chunk)
+        self._is_plain = _differ_in_text_alone(request)
 
     async def whole(self, feed: OutputFeed) -> dict[str, object]:
         answer: dict[str, object] = {}
@@ -53,27 +56,46 @@ class ChatAnswer:
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
-        base = self._base("chat.completion.chunk")
         first = [
             {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             for i in range(self._request.n)
         ]
-        shows_usage = options is not None and (options.include_usage or options.continuous_usage_stats)
-        is_continuous = options is not None and options.continuous_usage_stats
-        extra: dict[str, object] = {"usage": None} if shows_usage else {}
-        frame = EventFrame(base)
-        yield frame.fill({"choices": first} | extra)
+        no_usage: dict[str, object] = {"usage": None} if self._usage_fields() else {}
+        yield self._frame.fill({"choices": first} | no_usage)
         async for position, output in feed:
-            self._usage.add(position, output)
-            choices = [chunk for each in output.outputs if (chunk := self._chunk(each)) is not None]
-            prompt_logprobs = await self._prompt_logprobs(output)
-            if choices or prompt_logprobs:
-                if is_continuous:
-                    extra = {"usage": self._usage.as_dict()}
-                yield frame.fill({"choices": choices} | prompt_logprobs | extra)
+            event = self._event(position, output, await self._prompt_logprobs(output))
+            if event:
+                yield event
         if options is not None and options.include_usage:
-            yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
+            yield self._frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
+
+    def try_event(self, position: int, output: RequestOutput) -> bytes | None:
+        return self._event(position, output, {}) if output.prompt_logprobs is None else None
+
+    def _event(self, position: int, output: RequestOutput, prompt_logprobs: dict[str, object]) -> bytes:
+        """Empty where there is nothing to tell yet."""
+        self._usage.add(position, output)
+        if self._is_plain and len(output.outputs) == 1 and not prompt_logprobs:
+            (completion,) = output.outputs
+            choice = self._choices[completion.index]
+            if completion.text and completion.finish_reason is None and choice.stream.is_plain:
+                return self._text_frame.fill(completion.index, completion.text)
+        choices = [chunk for each in output.outputs if (chunk := self._chunk(each)) is not None]
+        if not choices and not prompt_logprobs:
+            return b""
+        return self._frame.fill({"choices": choices} | prompt_logprobs | self._usage_fields())
+
+    def _text_chunk(self, index: int, text: str) -> dict[str, object]:
+        choice = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+        return {"choices": [choice]} | self._usage_fields()
+
+    def _usage_fields(self) -> dict[str, object]:
+        """As chunks show it before the last."""
+        options = self._request.stream_options
+        if options is None or not (options.include_usage or options.continuous_usage_stats):
+            return {}
+        return {"usage": self._usage.as_dict() if options.continuous_usage_stats else None}
 
     async def _prompt_logprobs(self, output: RequestOutput) -> dict[str, object]:
         """Once: with the whole answer, or with the first output of a stream."""
@@ -87,12 +109,12 @@ class ChatAnswer:
 
     def _choice(self, completion: CompletionOutput) -> dict[str, object]:
         choice = self._choices[completion.index]
-        choice.take(completion)
-        message: dict[str, object] = {"role": "assistant", "content": choice.content or None}
+        piece, _ = choice.take(completion)
+        message: dict[str, object] = {"role": "assistant", "content": piece.content or None}
         if not choice.tool_calls:
-            message["content"] = choice.content
-        if choice.reasoning:
-            message["reasoning_content"] = message["reasoning"] = choice.reasoning
+            message["content"] = piece.content
+        if piece.reasoning:
+            message["reasoning_content"] = message["reasoning"] = piece.reasoning
         if choice.tool_calls:
             message["tool_calls"] = choice.tool_calls
         return {
@@ -146,6 +168,13 @@ class ChatAnswer:
         return {"token": token_text(self._tokenizer, token_id), "logprob": logprob, "bytes": list(raw)}
 
 
+def _differ_in_text_alone(request: ChatRequest) -> bool:
+    """The chunks of a choice while it says its answer."""
+    options = request.stream_options
+    has_more = request.logprobs or request.return_token_ids
+    return not (has_more or (options is not None and options.continuous_usage_stats))
+
+
 def text_end_of(request: ChatRequest) -> Callable[[], TextEnd] | None:
     """What ends each of its completions, beside stop strings and the model itself."""
     return partial(FirstCallEnd, thinking=request.is_thinking) if request.ends_with_first_call else None
@@ -156,8 +185,6 @@ class _Choice:
     """One choice so far."""
 
     stream: ChatStream
-    reasoning: str = ""
-    content: str = ""
     tool_calls: list[dict[str, object]] = field(default_factory=list)
 
     def take(self, completion: CompletionOutput) -> tuple[ChatPiece, list[dict[str, object]]]:
@@ -167,8 +194,6 @@ class _Choice:
             last = self.stream.finish()
             piece = ChatPiece(piece.reasoning + last.reasoning, piece.content + last.content, piece.tool_calls)
         calls = [self._describe_call(call) for call in piece.tool_calls]
-        self.reasoning += piece.reasoning
-        self.content += piece.content
         return piece, calls
 
     def finish_reason(self, completion: CompletionOutput) -> str | None:

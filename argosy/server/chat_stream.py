@@ -6,7 +6,7 @@ Who wants one call at most ends the completion behind it (``FirstCallEnd``).
 Invariant: all pieces of one completion together equal what the twin reads of its text, where that parses.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from argosy.models.deepseek.encoding import CALLS_END, CALLS_START, EOS_TOKEN, INVOKE_END, THINK_END
 from argosy.models.deepseek.encoding_parser import ParsedToolCall, parse_completion
@@ -14,8 +14,7 @@ from argosy.models.deepseek.encoding_parser import ParsedToolCall, parse_complet
 _CALLS_OPENING = f"\n\n{CALLS_START}\n"
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPiece:
+class ChatPiece(msgspec.Struct, frozen=True):
     """What one piece of text brought; "" and () where nothing."""
 
     reasoning: str = ""
@@ -34,6 +33,11 @@ class ChatStream:
         self._held = ""  # may be the beginning of a mark
         self._calls: str | None = None  # the text of a block of calls so far
         self.num_tool_calls = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Text is content as it comes: ``feed`` would change nothing."""
+        return not (self._is_reasoning or self._marks or self._held) and self._calls is None
 
     def feed(self, text: str) -> ChatPiece:
         """Take new text; what it makes known."""

@@ -22,7 +22,7 @@ from argosy.server.logprobs import (
 )
 from argosy.server.outputs import OutputFeed
 from argosy.server.protocol import CompletionRequest, GenerateRequest
-from argosy.server.streaming import DONE, EventFrame, as_event
+from argosy.server.streaming import DONE, EventFrame, TextFrame, as_event
 from argosy.server.usage import Usage
 
 
@@ -45,6 +45,10 @@ class CompletionAnswer:
         self._base["model"] = model
         self._usage = Usage([len(prompt.token_ids) for prompt in prompts])
         self._offsets: dict[int, TextOffsets] = {}  # by choice
+        self._started: set[int] = set()  # choices of which something was told
+        self._frame = EventFrame(self._base)
+        self._text_frame = TextFrame(self._frame, self._text_chunk)
+        self._is_plain = _differ_in_text_alone(request)
         # By prompt, from its first output on.
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._written_prompt_logprobs: dict[int, msgspec.Raw] = {}  # where they were asked for
@@ -61,9 +65,7 @@ class CompletionAnswer:
         return answer
 
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
-        options = self._request.stream_options
-        started: set[int] = set()
-        frame = EventFrame(self._base)
+        options, started = self._request.stream_options, self._started
         async for position, output in self._outputs(feed):
             choices = []
             for completion in output.outputs:
@@ -71,15 +73,36 @@ class CompletionAnswer:
                 if _says_something(completion, self._request) or index not in started:
                     choices.append(await self._choice(position, completion, is_first=index not in started))
                     started.add(index)
-            if not choices:
-                continue
-            chunk: dict[str, object] = {"choices": choices}
-            if options is not None and (options.include_usage or options.continuous_usage_stats):
-                chunk["usage"] = self._usage.as_dict() if options.continuous_usage_stats else None
-            yield frame.fill(chunk)
+            if choices:
+                yield self._frame.fill(self._chunk(choices))
         if options is not None and options.include_usage:
-            yield frame.fill({"choices": [], "usage": self._usage.as_dict()})
+            yield self._frame.fill({"choices": [], "usage": self._usage.as_dict()})
         yield DONE
+
+    def try_event(self, position: int, output: RequestOutput) -> bytes | None:
+        """Of choices that have begun and tell nothing but text."""
+        if not self._is_plain or output.prompt_logprobs is not None:
+            return None
+        indices = [self._index(position, completion) for completion in output.outputs]
+        if not self._started.issuperset(indices):
+            return None
+        self._usage.add(position, output)
+        if len(indices) == 1 and output.outputs[0].finish_reason is None:
+            text = output.outputs[0].text
+            return self._text_frame.fill(indices[0], text) if text else b""
+        pairs = zip(indices, output.outputs, strict=True)
+        choices = [_describe_choice(i, each) for i, each in pairs if _says_something(each, self._request)]
+        return self._frame.fill(self._chunk(choices)) if choices else b""
+
+    def _text_chunk(self, index: int, text: str) -> dict[str, object]:
+        return self._chunk([_describe_choice(index, CompletionOutput(0, text, []))])
+
+    def _chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
+        options = self._request.stream_options
+        chunk: dict[str, object] = {"choices": choices}
+        if options is not None and (options.include_usage or options.continuous_usage_stats):
+            chunk["usage"] = self._usage.as_dict() if options.continuous_usage_stats else None
+        return chunk
 
     async def _outputs(self, feed: OutputFeed) -> AsyncIterator[tuple[int, RequestOutput]]:
         async for position, output in feed:
@@ -100,13 +123,9 @@ class CompletionAnswer:
 
     async def _choice(self, position: int, completion: CompletionOutput, *, is_first: bool) -> dict[str, object]:
         prompt_text = self._prompt_text(position) if is_first and self._request.echo else ""
-        choice: dict[str, object] = {
-            "index": self._index(position, completion),
-            "text": prompt_text + completion.text,
-            "logprobs": None,
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
+        choice = _describe_choice(self._index(position, completion), completion)
+        if prompt_text:
+            choice["text"] = prompt_text + completion.text
         if completion.logprobs is not None:
             choice["logprobs"] = await self._logprobs(position, completion, prompt_text, is_first=is_first)
         if is_first and self._request.prompt_logprobs is not None:
@@ -141,6 +160,16 @@ class CompletionAnswer:
         return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
 
+def _describe_choice(index: int, completion: CompletionOutput) -> dict[str, object]:
+    return {
+        "index": index,
+        "text": completion.text,
+        "logprobs": None,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+
+
 def _says_something(completion: CompletionOutput, request: CompletionRequest) -> bool:
     return bool(
         completion.text
@@ -148,6 +177,13 @@ def _says_something(completion: CompletionOutput, request: CompletionRequest) ->
         or completion.logprobs
         or (request.return_token_ids and completion.token_ids)
     )
+
+
+def _differ_in_text_alone(request: CompletionRequest) -> bool:
+    """The events of a choice, but for its first and its last."""
+    options = request.stream_options
+    has_more = request.logprobs is not None or request.return_token_ids
+    return not (has_more or request.is_prompt_only or (options is not None and options.continuous_usage_stats))
 
 
 def _without_completions(output: RequestOutput) -> RequestOutput:
@@ -184,14 +220,21 @@ class GenerateAnswer:
     async def events(self, feed: OutputFeed) -> AsyncIterator[bytes]:
         options = self._request.stream_options
         async for position, output in feed:
-            self._usage.add(position, output)
-            chunk = self._base | {"outputs": self._outputs(output)} | await self._prompt_logprobs(output)
-            if options is not None and options.continuous_usage_stats:
-                chunk["usage"] = self._usage.as_dict()
-            yield as_event(chunk)
+            yield self._event(position, output, await self._prompt_logprobs(output))
         if options is not None and options.include_usage:
             yield as_event(self._base | {"outputs": [], "usage": self._usage.as_dict()})
         yield DONE
+
+    def try_event(self, position: int, output: RequestOutput) -> bytes | None:
+        return self._event(position, output, {}) if output.prompt_logprobs is None else None
+
+    def _event(self, position: int, output: RequestOutput, prompt_logprobs: dict[str, object]) -> bytes:
+        options = self._request.stream_options
+        self._usage.add(position, output)
+        chunk = self._base | {"outputs": self._outputs(output)} | prompt_logprobs
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = self._usage.as_dict()
+        return as_event(chunk)
 
     def _outputs(self, output: RequestOutput) -> list[dict[str, object]]:
         return [

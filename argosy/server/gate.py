@@ -31,7 +31,7 @@ _MAX_LENGTH_DIGITS = 18
 
 
 class Gate:
-    """The outermost application. ``on_answer`` hears of every answer's start."""
+    """The outermost application. ``on_answer`` hears of every answer's start, after it was sent."""
 
     def __init__(self, app: App, settings: ServerConfig, on_answer: OnAnswer) -> None:
         self._app = app
@@ -63,7 +63,9 @@ class Gate:
                 if isinstance(error, UnsafeRequestError) or body.error is not None:
                     message["headers"].append((b"connection", b"close"))
                 duration_s = time.monotonic() - started_s
-                self._on_answer(scope["method"], scope["path"], message["status"], request_id, duration_s)
+                # NOTE(order): behind what is sent now; whoever reads the log may be slow, and nobody waits for it.
+                told = scope["method"], scope["path"], message["status"], request_id, duration_s
+                asyncio.get_running_loop().call_soon(self._on_answer, *told)
             await send(message)
 
         is_ours = False

@@ -92,8 +92,16 @@ class _Entry:
         )
 
 
+# Of a prompt's position and its output: whether it was told, so that nobody else has to.
+TryTell = Callable[[int, RequestOutput], bool]
+
+
 class OutputFeed:
-    """The outputs of one caller's prompts, in the order they come: ``(position of the prompt, output)``."""
+    """The outputs of one caller's prompts, in the order they come: ``(position of the prompt, output)``.
+
+    Who iterates is woken for them, which costs more than to tell one; so ``tell_at_once`` gives a way past the
+    iteration for what comes while that waits.
+    """
 
     def __init__(self, board: "RequestBoard", request_ids: Sequence[str]) -> None:
         self._board = board
@@ -102,6 +110,9 @@ class OutputFeed:
         self._news: deque[RequestOutput] = deque()
         self.error: ApiError | None = None
         self._has_news = asyncio.Event()
+        self._is_waited_for = False  # whoever iterates has taken everything, and sleeps
+        self._try_tell: TryTell | None = None
+        self._bug: Exception | None = None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Ends after the last output of all prompts.
@@ -110,10 +121,13 @@ class OutputFeed:
             ApiError: a request was refused, aborted by an administrator, or its engine is gone.
         """
         while self._unfinished:
+            if self._bug is not None:
+                raise self._bug
             if not self._news:
                 if self.error is not None:
                     raise self.error
                 self._has_news.clear()
+                self._is_waited_for = True
                 await self._has_news.wait()
                 continue
             output = self._news.popleft()
@@ -121,23 +135,34 @@ class OutputFeed:
                 self._unfinished.discard(output.request_id)
             yield self._positions[output.request_id], output
 
-    @property
-    def has_waiting(self) -> bool:
-        """More outputs are here already, so writing may wait for them."""
-        return bool(self._news)
+    def tell_at_once(self, try_tell: TryTell) -> None:
+        """``try_tell`` gets each output that comes while whoever iterates waits; one that it does not tell, or that
+        ends a prompt, is iterated over as ever."""
+        self._try_tell = try_tell
 
     def put(self, output: RequestOutput) -> None:
+        # NOTE(order): what was put before and not taken yet comes first.
+        if self._is_waited_for and self._try_tell is not None and not output.finished:
+            try:
+                if self._try_tell(self._positions[output.request_id], output):
+                    return
+            except Exception as error:  # whoever iterates gets it; the other outputs of this step are not its victims
+                self._bug = error
         self._news.append(output)
-        self._has_news.set()
+        self._wake()
 
     def fail(self, error: ApiError) -> None:
         self.error = self.error or error
-        self._has_news.set()
+        self._wake()
 
     def close(self) -> None:
         """Abort what is unfinished; a second time does nothing."""
         for request_id in self._positions:
             self._board.drop(request_id, self)
+
+    def _wake(self) -> None:
+        self._is_waited_for = False
+        self._has_news.set()
 
 
 class RequestBoard:
@@ -152,7 +177,7 @@ class RequestBoard:
     ) -> None:
         self._processor = OutputProcessor(tokenizer)
         self._entries: dict[str, _Entry] = {}  # by user request id
-        self._owners: dict[str, str] = {}  # by engine request id: the user request's
+        self._owners: dict[str, _Entry] = {}  # by engine request id
         self._recorder = recorder
         self._tracer = tracer or NoTracer()
         self.engines = engines
@@ -202,7 +227,8 @@ class RequestBoard:
         """The pool's word that an engine request cannot go on."""
         owner = self._owners.get(child_id)
         if owner is not None:
-            self.end(owner, ApiError(400, message) if is_users_fault else overloaded(message))
+            error = ApiError(400, message) if is_users_fault else overloaded(message)
+            self.end(owner.submission.request_id, error)
 
     def end(self, request_id: str, error: ApiError) -> bool:
         """End a request from outside, with an error for who waits; False if there is none of this id."""
@@ -242,8 +268,8 @@ class RequestBoard:
             build_text_end=submission.build_text_end,
         )
         child_ids = tuple(child.request_id for child in children)
-        self._entries[request_id] = _Entry(feed, submission, child_ids, time.monotonic())
-        self._owners.update((child_id, request_id) for child_id in child_ids)
+        entry = self._entries[request_id] = _Entry(feed, submission, child_ids, time.monotonic())
+        self._owners.update(dict.fromkeys(child_ids, entry))
         for child in children:
             request = AddRequest(
                 child.request_id,
@@ -261,7 +287,7 @@ class RequestBoard:
 
     def _record(self, delta: TokenDelta, now_s: float) -> int:
         """How many tokens it has."""
-        entry = self._entries.get(self._owners.get(delta.request_id, ""))
+        entry = self._owners.get(delta.request_id)
         num_tokens = len(delta.new_token_ids)
         if entry is None or not num_tokens:
             return 0

@@ -12,7 +12,8 @@ class Usage:
         self._num_output_tokens = 0
 
     def add(self, position: int, output: RequestOutput) -> None:
-        self._num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        for completion in output.outputs:
+            self._num_output_tokens += len(completion.token_ids)
         self._num_cached_tokens[position] = output.num_cached_tokens
 
     def as_dict(self) -> dict[str, object]:

@@ -26,13 +26,15 @@ class BodyWriter:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
 
-    def write(self, data: bytes) -> bool:
-        """False: it must go the usual way, which waits until the client has read, or knows that it has left."""
+    @property
+    def is_open(self) -> bool:
+        """False: data must go the usual way, which waits until the client has read, or knows that it has left."""
         cycle = self._cycle
-        if cycle.flow.write_paused or cycle.disconnected or cycle.conn.our_state is not h11.SEND_BODY:
-            return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
+        return not (cycle.flow.write_paused or cycle.disconnected) and cycle.conn.our_state is h11.SEND_BODY
+
+    def write(self, data: bytes) -> None:
+        """``data`` is not empty, and the way is open."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class WireProtocol(H11Protocol):

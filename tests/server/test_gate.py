@@ -6,6 +6,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from argosy.server.api_server import build_app
+from argosy.server.gate import Gate
+
 BODY = {"prompt": "a"}
 
 
@@ -81,6 +84,29 @@ def test_request_ids(stand) -> None:
     assert made != "a\tb" and len(made) == 32
     answer = ask(stand, "POST", "/v1/completions", json=BODY, headers={"x-request-id": "abc-2"})
     assert answer.json()["id"] == "cmpl-abc-2"
+
+
+@pytest.mark.parametrize("path", ["/health", "/nothing"])
+def test_an_answer_is_sent_before_it_is_told(stand, path: str) -> None:
+    """A log that is written slowly delays nobody's answer."""
+    happened: list[str] = []
+    gate = Gate(build_app(stand.service), stand.service.settings, lambda *told: happened.append(f"told {told[2]}"))
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, object]) -> None:
+        happened.append(str(message["type"]))
+
+    async def go() -> None:
+        scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": path, "headers": []}
+        scope |= {"query_string": b"", "raw_path": path.encode(), "root_path": "", "scheme": "http", "server": ("h", 1)}
+        await gate(scope, receive, send)
+        await asyncio.sleep(0)
+
+    asyncio.run(go())
+    status = 200 if path == "/health" else 404
+    assert happened == ["http.response.start", "http.response.body", f"told {status}"]
 
 
 def test_unknown_routes_and_methods(stand) -> None:
