@@ -35,14 +35,10 @@ MAX_ERROR = 4e-3  # of bfloat16 results
 MAX_HIDDEN_ERROR = 8e-3  # of e4m3 ones: a last bit of bfloat16 now and then moves one by a step
 CHECKED_EXPERTS = 4  # the busiest: all would take longer than the measurement
 
-# The candidates. Predictions for an H200, many rows: stretches of four blocks 1,230 to 1,400 TOP/s dense and 900 to
-# 1,050 for 256 experts at 8,192 tokens, where single blocks gave 1,054 to 1,092 and 792 to 835. Loaded rows are there
-# because products of 64 columns read 128 bytes of shared memory a clock beside what copies write there, all that it
-# has: 1,250 to 1,450 if that is the limit, and less than without if waiting for the registers is.
+# The candidates.
 MANY_ROWS, MANY_ROWS_LINEARS = 4096, ((7168, 4096), (1536, 24576), (16384, 7168))
 DENSE_TILES = (
     *(Fp8HopperTile(walked_tiles=4, num_unrolled=count) for count in (1, 2, 4)),
-    *(Fp8HopperTile(walked_tiles=4, num_unrolled=count, has_loaded_rows=True) for count in (1, 4)),
     *(Fp8HopperTile(walked_tiles=4, lead=lead) for lead in (0, 2)),
     Fp8HopperTile(),
     PLAIN_WIDE_TILE,
@@ -56,7 +52,6 @@ FEW_ROWS_TILES = {
 }
 QUEUE_TILES = (
     *(Fp8HopperTile(num_unrolled=count) for count in (1, 2, 4)),
-    *(Fp8HopperTile(num_unrolled=count, has_loaded_rows=True) for count in (1, 4)),
     Fp8HopperTile(walked_tiles=4),
     Fp8HopperTile(has_queue=False),
 )
@@ -119,8 +114,7 @@ def describe_tile(tile: Tile | Fp8HopperTile | None) -> str:
         return ""
     if isinstance(tile, Fp8HopperTile):
         queue = "" if tile.has_queue else " no queue"
-        rows = " loaded rows" if tile.has_loaded_rows else ""
-        return f"tile hopper s{tile.num_stages} l{tile.lead} g{tile.walked_tiles} u{tile.num_unrolled}{rows}{queue} "
+        return f"tile hopper s{tile.num_stages} l{tile.lead} g{tile.walked_tiles} u{tile.num_unrolled}{queue} "
     columns = f"2x{tile.block_n}" if tile.is_halved else f"{tile.block_n}"
     return f"tile {tile.block_rows}x{columns} s{tile.num_stages} w{tile.num_warps} p{tile.num_programs} "
 

@@ -239,8 +239,7 @@ HOPPER_COUNTS = ((0, 1, 0, 65, 0), (130, 0, 64), (0, 0), None)
 
 
 @pytest.mark.parametrize(
-    ("in_features", "has_queue", "num_unrolled", "has_loaded_rows"),
-    ((112, True, 4, False), (640, True, 4, False), (640, False, 2, True)),
+    ("in_features", "has_queue", "num_unrolled"), ((112, True, 4), (640, True, 4), (640, False, 2))
 )
 @pytest.mark.parametrize("counts", HOPPER_COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,7 +251,6 @@ def test_loop_for_hopper(
     in_features: int,
     has_queue: bool,
     num_unrolled: int,
-    has_loaded_rows: bool,
 ) -> None:
     """Columns and K that end inside a block; fewer blocks of K than the ring and a stretch have, and more, and some
     that are no whole stretch; 3 rows are nobody's.
@@ -267,7 +265,6 @@ def test_loop_for_hopper(
         walked_tiles=2,
         has_queue=has_queue,
         num_unrolled=num_unrolled,
-        has_loaded_rows=has_loaded_rows,
     )
     out = hopper_gemm.fp8_grouped_gemm(*x, weight, scale, device_counts, dtype, tile=tile)
     row = 0
@@ -278,14 +275,11 @@ def test_loop_for_hopper(
         row += count
 
 
-@pytest.mark.parametrize("has_loaded_rows", (False, True))
-def test_stretches_of_the_loop_for_hopper_change_no_bit(
-    hopper_gemm: ModuleType, fused: ModuleType, has_loaded_rows: bool
-) -> None:
+def test_stretches_of_the_loop_for_hopper_change_no_bit(hopper_gemm: ModuleType, fused: ModuleType) -> None:
     torch.manual_seed(11)
     x, weights = fused.quantize_groups(draw_rows(150, 896, torch.float32)), draw(2, 256, 896)
     counts = torch.tensor((20, 130), dtype=torch.int32, device=DEVICE)
-    tiles = (hopper_gemm.Fp8HopperTile(num_unrolled=count, has_loaded_rows=has_loaded_rows) for count in (1, 2, 4))
+    tiles = (hopper_gemm.Fp8HopperTile(num_unrolled=count) for count in (1, 2, 4))
     first, *others = (hopper_gemm.fp8_grouped_gemm(*x, *weights, counts, torch.float32, tile=tile) for tile in tiles)
     assert all(torch.equal(first, other) for other in others)
 
@@ -327,4 +321,4 @@ def test_dense_products_of_few_tiles_are_split_rather(gemm: ModuleType, monkeypa
     weight, scale = torch.empty(1, 4096, 7168, device="meta"), torch.empty(1, 32, 56, device="meta")
     for rows in (128, 1280):
         gemm.fp8_grouped_gemm(x[:rows], x_scale[:rows], weight, scale, None, torch.float32)
-    assert launched == [gemm.PLAIN_WIDE_TILE, gemm.HOPPER_PLAIN_TILE]
+    assert launched == [gemm.PLAIN_WIDE_TILE, gemm.HOPPER_DENSE_TILE]

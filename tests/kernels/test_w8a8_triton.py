@@ -105,7 +105,7 @@ FEW_ROWS_SIZE = (2160, 150) if IS_INTERPRETED else (7216, 1544)
     [
         *(("NARROW_TILES", number) for number in range(3)),
         *(("SPLIT_TILES", number) for number in range(4)),
-        ("WIDE_SPLIT_TILES", 128),
+        *(("WIDE_SPLIT_TILES", rows) for rows in (64, 128)),
     ],
 )
 def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -> None:
@@ -118,11 +118,11 @@ def test_few_rows_in_every_tile(few_rows: ModuleType, table: str, number: int) -
         assert torch.equal(out, reference_w8a8.linear_w8a8_quantized(*inputs))
 
 
-def test_wide_tiles_are_taken_where_each_multiprocessor_has_one(few_rows: ModuleType) -> None:
-    wide = few_rows.WIDE_SPLIT_TILES[128]
-    chosen = {size: few_rows.choose_tile(100, size, 132) for size in (7168, 24576, 36864)}
-    assert {size for size, tile in chosen.items() if tile == wide} == {24576}
-    assert few_rows.choose_tile(64, 24576, 132) in few_rows.SPLIT_TILES
+@pytest.mark.parametrize(("num_rows", "block_rows"), [(64, 64), (100, 128), (256, None)])
+def test_wide_outputs_have_tiles_of_their_own(few_rows: ModuleType, num_rows: int, block_rows: int | None) -> None:
+    wide = few_rows.WIDE_SPLIT_TILES.get(block_rows)
+    chosen = {size: few_rows.choose_tile(num_rows, size, 132) for size in (7168, 24576, 36864)}
+    assert {size for size, tile in chosen.items() if tile == wide} == ({24576, 36864} if wide else set())
 
 
 @pytest.mark.parametrize(

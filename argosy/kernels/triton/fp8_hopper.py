@@ -44,10 +44,9 @@ from argosy.kernels.triton.hopper_tiles import (
 
 @dataclass(frozen=True, slots=True)
 class Fp8HopperTile(HopperTile):
-    """``has_loaded_rows``: the instruction takes rows from registers, which spares it three of four reads of them."""
+    """A tile of which each group has half the rows."""
 
     num_unrolled: int = 4  # blocks of K in a stretch
-    has_loaded_rows: bool = False
 
 
 @gluon.jit(do_not_specialize=["num_rows", "x_scale_group_stride"])
@@ -71,7 +70,6 @@ def multiply_fp8_on_hopper(
     NUM_STAGES: gl.constexpr,  # noqa: N803
     LEAD: gl.constexpr,  # noqa: N803
     NUM_UNROLLED: gl.constexpr,  # noqa: N803
-    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
@@ -102,7 +100,6 @@ def multiply_fp8_on_hopper(
                     NUM_STAGES,
                     LEAD,
                     NUM_UNROLLED,
-                    HAS_LOADED_ROWS,
                     HAS_QUEUE,
                     IS_GATED,
                     IS_DENSE,
@@ -125,7 +122,6 @@ def multiply_fp8_on_hopper(
                     NUM_STAGES,
                     LEAD,
                     NUM_UNROLLED,
-                    HAS_LOADED_ROWS,
                     HAS_QUEUE,
                     IS_GATED,
                     IS_DENSE,
@@ -170,7 +166,6 @@ def _multiply(
     NUM_STAGES: gl.constexpr,  # noqa: N803
     LEAD: gl.constexpr,  # noqa: N803
     NUM_UNROLLED: gl.constexpr,  # noqa: N803
-    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
@@ -202,12 +197,12 @@ def _multiply(
             for number in range(0, num_whole, NUM_UNROLLED):
                 totals, sums, ahead = _add_blocks(
                     group, block, number, num_blocks, totals, sums, ahead, places, scales, buffers, SUMS,
-                    NUM_STAGES, NUM_UNROLLED, HAS_LOADED_ROWS,
+                    NUM_STAGES, NUM_UNROLLED,
                 )  # fmt: skip
             for number in range(num_whole, num_blocks):
                 totals, sums, ahead = _add_blocks(
                     group, block, number, num_blocks, totals, sums, ahead, places, scales, buffers, SUMS,
-                    NUM_STAGES, 1, HAS_LOADED_ROWS,
+                    NUM_STAGES, 1,
                 )  # fmt: skip
             total_0, total_1, total_2, total_3 = totals
             if IS_GATED:
@@ -247,7 +242,6 @@ def _add_blocks(
     SUMS: gl.constexpr,  # noqa: N803
     NUM_STAGES: gl.constexpr,  # noqa: N803
     NUM_UNROLLED: gl.constexpr,  # noqa: N803
-    HAS_LOADED_ROWS: gl.constexpr,  # noqa: N803
 ):
     """The stretch of blocks from ``number`` on. ``ahead``: the first one's scales; ``sums`` are there for their
     registers.
@@ -257,7 +251,6 @@ def _add_blocks(
     even, odd = sums
     block = first_block + number
     block_rows, box = _await_block(group, block, buffers, NUM_STAGES)
-    block_rows = _load_rows(block_rows, SUMS, HAS_LOADED_ROWS)
     even = _multiply_quarter(block_rows, box, 0, even)
     odd = _multiply_quarter(block_rows, box, 1, odd)
     for step in gl.static_range(NUM_UNROLLED):
@@ -273,15 +266,11 @@ def _add_blocks(
         odd = _multiply_quarter(block_rows, box, 3, odd)
         emptied = empty.index((block + step) % NUM_STAGES * NUM_GROUPS + group)
         if step + 1 < NUM_UNROLLED:
-            next_rows, box = _await_block(group, block + step + 1, buffers, NUM_STAGES)
+            block_rows, box = _await_block(group, block + step + 1, buffers, NUM_STAGES)
             even = warpgroup_mma_wait(1, deps=(even,))
             total_2 = _add_scaled(total_2, even, right)
-            if HAS_LOADED_ROWS:  # registers of another block's rows are not to be had
-                odd = warpgroup_mma_wait(0, deps=(odd,))
-            block_rows = _load_rows(next_rows, SUMS, HAS_LOADED_ROWS)
             even = _multiply_quarter(block_rows, box, 0, even)
-            if not HAS_LOADED_ROWS:
-                odd = warpgroup_mma_wait(1, deps=(odd,))
+            odd = warpgroup_mma_wait(1, deps=(odd,))
             total_3 = _add_scaled(total_3, odd, right)
             odd = _multiply_quarter(block_rows, box, 1, odd)
         else:
@@ -300,11 +289,6 @@ def _await_block(group: gl.constexpr, block, buffers, NUM_STAGES: gl.constexpr):
     stage = block % NUM_STAGES
     mbarrier.wait(full.index(stage), find_round(block, NUM_STAGES))
     return rows.index(stage * NUM_GROUPS + group), weights.index(stage)
-
-
-@gluon.jit
-def _load_rows(block_rows, SUMS: gl.constexpr, HAS_LOADED_ROWS: gl.constexpr):  # noqa: N803
-    return block_rows.load(gl.DotOperandLayout(0, SUMS, 4)) if HAS_LOADED_ROWS else block_rows
 
 
 @gluon.jit

@@ -54,20 +54,23 @@ NARROW_TILES = (
     NarrowTile(16, 512, 8, 4),
 )
 MAX_NARROW_ROWS = NARROW_TILES[0].block_rows
-# By rows, the first entry that is not below them. 64 rows on an H200, this one and one program of 128 columns on a
-# multiprocessor: 1536 -> 24576 19.0 and 23.0 us, 16384 -> 7168 43.9 and 44.3, 7168 -> 4096 19.5 and 18.9, 7168 -> 2240
-# 15.1 and 14.3. 128 rows, this one and programs of 128 columns, whose parts have 1,024 numbers at least: 1536 -> 24576
-# 27.0 and 25.8, 16384 -> 7168 46.9 and 48.4, 2048 -> 7168 13.0 and 16.7, 7168 -> 4096 20.6 and 22.1, 7168 -> 2240 16.1
-# and 17.7. The others were not measured against any.
+# By rows, the first entry that is not below them. 64 rows on an H200, this one, and three programs of 64 columns on a
+# multiprocessor: 1536 -> 8192 11.8 and 13.9 us, 2048 -> 7168 12.8 and 13.9, 7168 -> 2240 14.9 and 15.1, 7168 -> 4096
+# 19.6 and 20.0, 16384 -> 7168 45.1 and 44.7. 128 rows, this one, and programs of 128 columns, whose parts have 1,024
+# numbers at least: 1536 -> 8192 12.1 and 16.3, 2048 -> 7168 13.0 and 16.4, 7168 -> 2240 15.4 and 17.5, 7168 -> 4096 19.8
+# and 22.1, 16384 -> 7168 46.7 and 48.6. The others were not measured against any.
 SPLIT_TILES = (
     SplitTile(32, 128, 256, 4, 4, 512),
-    SplitTile(64, 64, 128, 4, 4, 512, num_resident=3),
+    SplitTile(64, 128, 128, 6, 4, 2048),
     SplitTile(128, 64, 128, 8, 4, 2048),
     SplitTile(256, 128, 128, 4, 8, 1024),
 )
-# In place of these for so many columns, if they are no more tiles than multiprocessors: 1536 -> 24576 22.0 us.
+# In place of these for so many columns: 1536 -> 24576 19.4 instead of 23.3 us, and 20.6 instead of 26.9.
 WIDE_FEATURES = 16384
-WIDE_SPLIT_TILES = {128: SplitTile(128, 256, 128, 4, 8, 1024)}
+WIDE_SPLIT_TILES = {
+    64: SplitTile(64, 64, 128, 4, 4, 512, num_resident=3),
+    128: SplitTile(128, 64, 128, 3, 4, 512, num_resident=3),
+}
 
 
 def w8a8_few_rows(
@@ -97,8 +100,7 @@ def w8a8_few_rows(
 def choose_tile(num_rows: int, out_features: int, num_multiprocessors: int) -> NarrowTile | SplitTile:
     if num_rows > MAX_NARROW_ROWS:
         tile = next(tile for tile in SPLIT_TILES if num_rows <= tile.block_rows)
-        wide = WIDE_SPLIT_TILES.get(tile.block_rows, tile)
-        return wide if WIDE_FEATURES <= out_features <= wide.block_n * num_multiprocessors else tile
+        return WIDE_SPLIT_TILES.get(tile.block_rows, tile) if out_features >= WIDE_FEATURES else tile
     min_programs = NARROW_SHARE * num_multiprocessors
     return next((tile for tile in NARROW_TILES if out_features >= tile.block_n * min_programs), NARROW_TILES[-1])
 

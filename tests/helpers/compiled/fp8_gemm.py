@@ -3,6 +3,7 @@ import triton.language as tl
 from argosy.kernels.triton.fp8_gemm import (
     GATED_TILES,
     GATED_WIDE_TILE,
+    HOPPER_DENSE_TILE,
     HOPPER_GATED_TILE,
     HOPPER_PLAIN_TILE,
     PLAIN_TILES,
@@ -63,7 +64,7 @@ KERNELS = (
 
 def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
     """Compiled by ``compile_gluon``. Gated, the result is quantised."""
-    tile = HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
+    tile = HOPPER_GATED_TILE if is_gated else HOPPER_DENSE_TILE if is_dense else HOPPER_PLAIN_TILE
     return Kernel(
         "fp8_hopper.multiply_fp8_on_hopper",
         {"x_tiles": f"fp8e4nv[{GROUP_ROWS.value},128]", "weight_tiles": "fp8e4nv[128,128]"}
@@ -73,7 +74,7 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
         | {"in_features": "i32", "x_scale_group_stride": "i32"}
         | ({} if is_dense else {"num_experts": "i32"}),
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
-        | {"NUM_UNROLLED": tile.num_unrolled, "HAS_LOADED_ROWS": tile.has_loaded_rows}
+        | {"NUM_UNROLLED": tile.num_unrolled}
         | {"HAS_QUEUE": not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
         | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
         | ({"num_experts": 1} if is_dense else {}),
