@@ -57,8 +57,8 @@ MAX_NARROW_ROWS = NARROW_TILES[0].block_rows
 # By rows, the first entry that is not below them. 64 rows on an H200, this one, and three programs of 64 columns on a
 # multiprocessor: 1536 -> 8192 11.8 and 13.9 us, 2048 -> 7168 12.8 and 13.9, 7168 -> 2240 14.9 and 15.1, 7168 -> 4096
 # 19.6 and 20.0, 16384 -> 7168 45.1 and 44.7. 128 rows, this one, and programs of 128 columns, whose parts have 1,024
-# numbers at least: 1536 -> 8192 12.1 and 16.3, 2048 -> 7168 13.0 and 16.4, 7168 -> 2240 15.4 and 17.5, 7168 -> 4096 19.8
-# and 22.1, 16384 -> 7168 46.7 and 48.6. The others were not measured against any.
+# numbers at least: 1536 -> 8192 12.1 and 16.3, 2048 -> 7168 13.0 and 16.4, 7168 -> 2240 15.4 and 17.5, 7168 -> 4096
+# 19.8 and 22.1, 16384 -> 7168 46.7 and 48.6. The others were not measured against any.
 SPLIT_TILES = (
     SplitTile(32, 128, 256, 4, 4, 512),
     SplitTile(64, 128, 128, 6, 4, 2048),
