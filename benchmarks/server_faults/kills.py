@@ -5,6 +5,7 @@ Invariant: after every case what was under way has ended with the tokens of offl
 """
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -63,8 +64,8 @@ def list_groups() -> Iterator[list[Case]]:
             yield [Case(layout, kind, phase, how) for phase in ("idle", "prefill", "decode")]  # type: ignore[arg-type]
             yield [Case(layout, kind, phase, how) for phase in ("starting", "draining")]  # type: ignore[arg-type]
             yield [Case(layout, kind, "first start", how)]  # type: ignore[arg-type]
-        for helper in HELPERS:
-            yield [Case("tp 2", helper, phase, how) for phase in ("idle", "decode", "draining")]  # type: ignore[arg-type]
+        for helper, phase in itertools.product(HELPERS, ("idle", "decode", "draining")):  # they do not come back
+            yield [Case("tp 2", helper, phase, how)]  # type: ignore[arg-type]
         yield [Case("one rank", "spare", phase, how) for phase in ("idle", "decode")]  # type: ignore[arg-type]
     for layout in ("one rank", "tp 2"):
         for phase in PHASES:
