@@ -8,7 +8,7 @@ import torch
 
 
 def loops_for(x: torch.Tensor) -> ModuleType | None:
-    """``cpu_loops``, where ``x`` is a CPU's and its numbers are float32, and numba is installed."""
+    """``cpu_loops``, where ``x`` is a CPU's and its numbers are float32, and numba can be imported."""
     return load_loops() if x.is_cpu and x.dtype is torch.float32 else None
 
 
@@ -17,9 +17,9 @@ def load_loops() -> ModuleType | None:
     """The first call imports the loops, and on a machine that has never run them compiles them: some 8 seconds."""
     try:
         from argosy.kernels import cpu_loops
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "numba":
+    except ImportError as error:  # there is none, or none that fits numpy
+        if (error.name or "").startswith("argosy"):
             raise
-        warnings.warn("numba is not installed, so steps on a CPU take longer: pip install numba", stacklevel=2)
+        warnings.warn(f"steps on a CPU take longer without numba ({error}); pip install numba", stacklevel=2)
         return None
     return cpu_loops

@@ -22,8 +22,19 @@ FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def compiled(signature: str) -> Callable[[Loop], Loop]:
-    """``signature``: numba's; ``i8`` for sizes, strides and addresses (``memory.py``), ``f4`` for float32."""
-    return njit(signature, cache=True, fastmath=FAST_MATH, nogil=True, error_model="numpy")  # type: ignore[no-any-return]
+    """``signature``: numba's; ``i8`` for sizes, strides and addresses (``memory.py``), ``f4`` for float32. Where no
+    directory may be written to, every process compiles for itself."""
+
+    def compile_loop(loop: Loop) -> Loop:
+        options = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy"}
+        try:
+            return njit(signature, cache=True, **options)(loop)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return njit(signature, **options)(loop)  # type: ignore[no-any-return]
+
+    return compile_loop
 
 
 def inlined(loop: Loop) -> Loop:
