@@ -338,7 +338,7 @@ def test_write_latent_encoded(
 
 
 @pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
-@pytest.mark.parametrize(("width", "rope_dim"), INDEX_DIMS)
+@pytest.mark.parametrize(("width", "rope_dim"), (*INDEX_DIMS, (24, 16)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_write_index_k(fused: SimpleNamespace, dtype: torch.dtype, width: int, rope_dim: int, num_tokens: int) -> None:
     torch.manual_seed(num_tokens)

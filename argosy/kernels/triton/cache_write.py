@@ -67,7 +67,7 @@ def write_index_k(
 ) -> None:
     """LayerNorm, half-split RoPE of the first ``rope_dim``, then the write, in place; slot -1 writes nothing.
 
-    ``key: [T, I]`` as wk gave it, I a power of two, rows may be strided; ``norm_weight, norm_bias: [I]`` f32;
+    ``key: [T, I]`` as wk gave it, rows may be strided; ``norm_weight, norm_bias: [I]`` f32;
     ``index_k_cache: [num_blocks, block_size, I]``; ``slot_mapping: [T]`` int64.
     """
     _launch_write_index_k(key, norm_weight, norm_bias, eps, rotary, rope_dim, index_k_cache, slot_mapping)
@@ -148,7 +148,7 @@ def _launch_write_index_k(
     numbers: NumberFormat | None = None,
 ) -> None:
     num_tokens, width = key.shape
-    assert width > 0 and not width & (width - 1), width
+    assert numbers is None or not width & (width - 1), f"the fast transform wants a power of two, not {width}"
     if num_tokens == 0:
         return
     _write_index_k_kernel[(num_tokens,)](
@@ -167,6 +167,7 @@ def _launch_write_index_k(
         WIDTH=width,
         ROPE_DIM=rope_dim,
         ROW_WIDTH=cache.shape[2],
+        BLOCK=triton.next_power_of_2(width),
         LOG_WIDTH=width.bit_length() - 1,
         IS_ENCODED=numbers is not None,
         IS_FP8=numbers is not None and numbers.dtype.is_floating_point,
@@ -250,6 +251,7 @@ def _write_index_k_kernel(
     WIDTH: tl.constexpr,  # noqa: N803
     ROPE_DIM: tl.constexpr,  # noqa: N803
     ROW_WIDTH: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
     LOG_WIDTH: tl.constexpr,  # noqa: N803
     IS_ENCODED: tl.constexpr,  # noqa: N803
     IS_FP8: tl.constexpr,  # noqa: N803
@@ -260,15 +262,15 @@ def _write_index_k_kernel(
     wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
-    columns = tl.arange(0, WIDTH)
-    is_rope = columns < ROPE_DIM
+    columns = tl.arange(0, BLOCK)
+    is_column, is_rope = columns < WIDTH, columns < ROPE_DIM
     half: tl.constexpr = ROPE_DIM // 2
-    values = tl.load(key + token * key_stride + columns).to(tl.float32)
-    factors = tl.load(norm_weight + columns)
-    summands = tl.load(norm_bias + columns)
+    values = tl.load(key + token * key_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+    factors = tl.load(norm_weight + columns, mask=is_column, other=0.0)
+    summands = tl.load(norm_bias + columns, mask=is_column, other=0.0)
     cos = tl.load(half_cos + token * cos_stride + columns, mask=is_rope, other=1.0)
     sin = tl.load(half_sin + token * sin_stride + columns, mask=is_rope, other=0.0)
-    normed = layer_normalize(values, columns >= 0, WIDTH, eps) * factors + summands
+    normed = layer_normalize(values, is_column, WIDTH, eps) * factors + summands
     normed = normed.to(key.dtype.element_ty).to(tl.float32)
     swapped = tl.gather(normed, tl.where(is_rope, (columns + half) % ROPE_DIM, columns), 0)
     index_k = tl.where(is_rope, rotate_half(normed, swapped, cos, sin), normed).to(key.dtype.element_ty)
@@ -282,7 +284,7 @@ def _write_index_k_kernel(
         scale_place = (place + WIDTH).to(tl.pointer_type(tl.float32), bitcast=True)
         tl.store(scale_place, scale, mask=is_written)
     else:
-        tl.store(place + columns, index_k.to(cache.dtype.element_ty), mask=is_written)
+        tl.store(place + columns, index_k.to(cache.dtype.element_ty), mask=is_column & is_written)
 
 
 @triton.jit

@@ -34,7 +34,8 @@ def write_index_k(numbers: str) -> Kernel:
         {"key": "*bf16", "norm_weight": "*fp32", "norm_bias": "*fp32", "half_cos": "*fp32", "half_sin": "*fp32"}
         | {"hadamard": "*fp32", "key_stride": "i32", "cos_stride": "i32", "sin_stride": "i32"}
         | places(numbers),
-        {"WIDTH": 128, "ROPE_DIM": 64, "ROW_WIDTH": 132 if numbers else 128, "LOG_WIDTH": 7} | encoding(numbers),
+        {"WIDTH": 128, "ROPE_DIM": 64, "ROW_WIDTH": 132 if numbers else 128, "BLOCK": 128, "LOG_WIDTH": 7}
+        | encoding(numbers),
         num_warps=1,
         multiples_of_16=("key_stride", "cos_stride", "sin_stride"),
         is_vectorised=None,  # a row is 4 numbers for each thread
