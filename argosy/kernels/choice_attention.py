@@ -181,12 +181,12 @@ def index_scores_paged_encoded(
     )
 
 
-def _index_scores_of(x: torch.Tensor) -> ModuleType:
-    if not has_kernels(x):
+def _index_scores_of(index_q: torch.Tensor) -> ModuleType:
+    if not has_kernels(index_q):
         return reference_paged
     from argosy.kernels.triton import index_scores
 
-    return index_scores
+    return index_scores if index_scores.takes(index_q) else reference_paged
 
 
 def select_topk_slots(

@@ -137,6 +137,14 @@ def test_queries_are_quantised_as_specified(scorer: ModuleType, dtype: torch.dty
     assert (numbers_out != numbers_expected).float().mean() <= 1e-3
 
 
+def test_only_sizes_of_tensor_instructions_are_taken(scorer: ModuleType) -> None:
+    """``choice_attention.py`` gives others to the reference."""
+    taken = {
+        (heads, dim) for heads in (8, 16, 40, 64) for dim in (24, 128) if scorer.takes(torch.empty(1, 2, heads, dim))
+    }
+    assert taken == {(16, 128), (64, 128)}
+
+
 def test_no_tokens_and_no_keys(scorer: ModuleType) -> None:
     index_q, cache, weights, table, num_visible = draw(((5,), (7,)), torch.float32)
     assert scorer.index_scores_paged(index_q, cache, weights, table, num_visible, 0).shape == (2, 1, 0)

@@ -151,6 +151,11 @@ def choose_tile(query: torch.Tensor, *, is_few: bool) -> Tile:
     return MANY_TILES[query.element_size()]
 
 
+def takes(index_q: torch.Tensor) -> bool:
+    """Whether ``index_q: [B, T, J, I]`` has sizes that tensor instructions multiply."""
+    return all(size >= 16 and not size & (size - 1) for size in index_q.shape[2:])
+
+
 def _score(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -171,9 +176,7 @@ def _score(
     scores = out[:, :, :max_seq_len]
     if scores.numel() == 0:
         return scores
-    for name, size in (("index heads", heads), ("index_head_dim", dim)):
-        if size & (size - 1) or size < 16:
-            raise ValueError(f"{name} ({size}) must be a power of two from 16 on; use the reference operations")
+    assert takes(query), query.shape
     assert keys.numel() < 2**31, f"{keys.shape}: places of numbers in the cache are counted in 32 bits"
     inputs = (keys, keys if scales is None else scales, weights.contiguous(), block_table, num_visible.contiguous())
     lengths = (num_rows, num_tokens, max_seq_len, block_table.stride(0), padded)
