@@ -7,7 +7,6 @@ must delete ``__pycache__``.
 import contextlib
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -44,11 +43,11 @@ def inlined(loop: Loop) -> Loop:
 
 @contextlib.contextmanager
 def one_process_at_a_time() -> Iterator[None]:
-    """Of this user: of ranks that start together one compiles, and the others load what it made."""
-    path = Path(tempfile.gettempdir()) / f"argosy-loops-{os.getuid()}.lock"
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    """Of ranks that start together one compiles, and the others load what it made. The directory itself is locked."""
+    lock = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # file systems of a network may have no locks: all compile then
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
