@@ -98,7 +98,8 @@ async def run_group(cases: list[Case], prompts: Prompts) -> list[Outcome]:
                 result |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
             print(f"  {'ok  ' if result['passed'] else 'FAIL'} {result}", flush=True)
             results.append(result)
-        if server.process.poll() is None:
+        is_killed = cases[-1].kind == "api" and cases[-1].signal == signal.SIGKILL  # it may not have been buried yet
+        if not is_killed and server.process.poll() is None:
             code, left = server.end()
             results[-1] |= {"exit code": code, "processes left": left}
             results[-1]["passed"] = bool(results[-1]["passed"]) and code == 0 and not left
