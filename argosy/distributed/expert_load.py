@@ -55,7 +55,7 @@ class LayerLoadCounter:
         self._tokens_per_expert = tokens_per_expert  # [e] int64, a view
 
     def record(self, num_tokens_per_expert: torch.Tensor) -> None:
-        if num_tokens_per_expert.is_cpu:  # numpy's call costs a tenth
+        if num_tokens_per_expert.is_cpu:  # numpy's addition is one call, torch's a conversion too
             counted = self._tokens_per_expert.numpy()
             counted += num_tokens_per_expert.numpy()
         else:

@@ -11,7 +11,7 @@ import torch
 from argosy.kernels import cpu, reference, reference_cache_rows, reference_paged
 from argosy.kernels.card import has_kernels
 from argosy.kernels.choice import rms_norm
-from argosy.kernels.cpu_choice import loops_for
+from argosy.kernels.cpu_choice import MAX_SCORES, load_loops, loops_for
 from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import LatentRowLayout, NumberFormat
 from argosy.kernels.reference_paged import DecodeInputs
@@ -24,7 +24,7 @@ SLOT_MULTIPLE = 16  # what Triton compiles a kernel for, and apart from other le
 def rotary_rows(table: RotaryTable, positions: torch.Tensor) -> RotaryRows:
     """See ``reference.RotaryTable.at``."""
     if not has_kernels(positions):
-        loops = loops_for(table.cos)
+        loops = load_loops() if positions.is_cpu else None
         return table.at(positions) if loops is None else loops.rotary_rows(table, positions)
     from argosy.kernels.triton import rotary
 
@@ -67,7 +67,7 @@ def write_latent(
 ) -> None:
     """See ``reference_paged.write_latent``."""
     arguments = latent, norm_weight, eps, rotary, latent_cache, slot_mapping
-    loops = loops_for(latent_cache)
+    loops = loops_for(latent) if latent_cache.dtype is latent.dtype else None
     if loops is not None:
         loops.write_latent(*arguments)
         return
@@ -109,7 +109,7 @@ def write_index_k(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See ``reference_paged.write_index_k``."""
-    chosen = loops_for(index_k_cache) or _cache_write_of(key)
+    chosen = (loops_for(key) if index_k_cache.dtype is key.dtype else None) or _cache_write_of(key)
     chosen.write_index_k(key, norm_weight, norm_bias, eps, rotary, rope_dim, index_k_cache, slot_mapping)
 
 
@@ -194,7 +194,7 @@ def select_topk_slots(
 ) -> torch.Tensor:
     """See ``reference.select_topk_slots``; the order within a row is the implementation's own."""
     if scores.is_cpu:
-        chosen = loops_for(scores) or cpu
+        chosen = loops_for(scores, MAX_SCORES) or cpu
         return chosen.select_topk_slots(scores, num_visible, topk, block_table, block_size)
     if not has_kernels(scores):
         return reference.select_topk_slots(scores, num_visible, topk, block_table, block_size)

@@ -25,6 +25,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if delta.dtype is not x.dtype:
+        return cpu.add_rms_norm(x, delta, weight, eps)
     out, total = torch.empty(x.shape), torch.empty(x.shape)
     terms = x.data_ptr(), x.stride(0), delta.data_ptr(), delta.stride(0)
     norms.add_rms_norm(*x.shape, *terms, weight.data_ptr(), eps, out.data_ptr(), total.data_ptr())

@@ -1,20 +1,25 @@
 """Every compiled loop against the specification of the same name."""
 
+import fcntl
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from argosy.distributed.ep_local import spread_weights_on_host
-from argosy.kernels import choice, cpu, reference, reference_experts, reference_paged
+from argosy.kernels import choice, choice_attention, cpu, reference, reference_experts, reference_paged
 from argosy.kernels.cpu_choice import loops_for
 from argosy.kernels.reference import RotaryRows, RotaryTable
 from tests.helpers.tolerance import FP32_OP_ATOL
 
 cpu_loops = pytest.importorskip("argosy.kernels.cpu_loops", reason="numba is not installed", exc_type=ImportError)
+
+compiled = pytest.importorskip("argosy.kernels.loops.compiled", reason="numba is not installed", exc_type=ImportError)
 
 MANY_TOKENS = [0, 1, 7, 128]
 ROPE_DIM = 16
@@ -197,6 +202,7 @@ def test_weighted_mlp(num_tokens: int) -> None:
 def test_only_float32_is_looped_over() -> None:
     assert loops_for(torch.zeros(1)) is cpu_loops
     assert loops_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+    assert loops_for(torch.zeros(2**18 + 1)) is None
     x, weight = _random(3, 32).bfloat16(), _random(32, seed=1)
     assert torch.equal(choice.rms_norm(x, weight, 1e-6), cpu.rms_norm(x, weight, 1e-6))
 
@@ -218,3 +224,41 @@ def test_without_numba_there_is_one_warning_and_the_plain_form(tmp_path: Path, h
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.count("steps on a CPU take longer without numba") == 1
     assert ("0.1 or less" in done.stdout) == has_numba
+
+
+def test_terms_of_two_dtypes_are_left_to_torch() -> None:
+    x, delta, weight = _random(3, 32), _random(3, 32, seed=1).bfloat16(), _random(32, seed=2)
+    for fast, slow in zip(
+        choice.add_rms_norm(x, delta, weight, 1e-6), reference.add_rms_norm(x, delta, weight, 1e-6), strict=True
+    ):
+        _assert_close(fast, slow)
+
+
+def test_a_cache_of_another_dtype_is_left_to_torch() -> None:
+    slots, rotary = torch.tensor([3, 1]), _rotary(2)
+    for dtype in (torch.bfloat16, torch.float32):
+        fast, slow = torch.zeros(2, 2, 48, dtype=dtype), torch.zeros(2, 2, 48, dtype=dtype)
+        latent, weight = _random(2, 48), _random(32, seed=1)
+        choice_attention.write_latent(latent.clone(), weight, 1e-6, rotary, fast, slots)
+        reference_paged.write_latent(latent.clone(), weight, 1e-6, rotary, slow, slots)
+        assert torch.allclose(fast.float(), slow.float(), rtol=2**-7)
+
+
+def test_while_one_process_compiles_the_others_wait() -> None:
+    directory = os.open(Path(compiled.__file__).parent, os.O_RDONLY)
+    try:
+        with compiled.one_process_at_a_time(), pytest.raises(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(directory)
+
+
+def test_where_nothing_may_be_written_loops_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(signature: str, cache: bool = False, **options: object) -> Callable[[object], str]:
+        if cache:
+            raise RuntimeError("cannot cache function 'loop': no locator available for file 'loop.py'")
+        return lambda loop: f"{loop} for {signature}"
+
+    monkeypatch.setattr(compiled, "njit", njit)
+    assert compiled.compiled("void(i8)")("a loop") == "a loop for void(i8)"

@@ -17,7 +17,7 @@ Loop = TypeVar("Loop", bound=Callable[..., object])
 
 # Sums in any order and products joined with additions, which makes loops vector instructions. NaN and infinities keep
 # their meaning.
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def compiled(signature: str) -> Callable[[Loop], Loop]:
@@ -25,7 +25,7 @@ def compiled(signature: str) -> Callable[[Loop], Loop]:
     directory may be written to, every process compiles for itself."""
 
     def compile_loop(loop: Loop) -> Loop:
-        options = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy"}
+        options = {"fastmath": _FAST_MATH, "nogil": True, "error_model": "numpy"}
         try:
             return njit(signature, cache=True, **options)(loop)  # type: ignore[no-any-return]
         except RuntimeError as error:

@@ -14,7 +14,7 @@ _LOWEST = np.float32(-87.3)  # below, float32 has no normal numbers
 
 @inlined
 def exp_of_negative(x):
-    """e^x for x <= 0, within 2e-7 of it; e^-87.3 for all below. NaN stays."""
+    """e^x for x <= 0, within 3e-7 of it; e^-87.3 for all below. NaN stays."""
     power = _LOWEST if x < _LOWEST else x
     whole = np.floor(power * _LOG2_E + np.float32(0.5))
     rest = power - whole * _LN2_HIGH - whole * _LN2_LOW

