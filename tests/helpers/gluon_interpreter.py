@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from tests.helpers.gluon_partitions import Descriptor, Partitions, spoil
 DTYPES = {name: getattr(torch, name) for name in ("float32", "int8", "int32", "int64")}
 DTYPES["uint32"] = torch.int64  # torch computes little with the other
 TRITON_DTYPES = {"fp32": torch.float32}
+LAUNCHES = "argosy.kernels.triton.dependent_launch"
 
 
 def load_interpreted(module_name: str, *beneath: str) -> SimpleNamespace:
@@ -44,8 +46,9 @@ def load_interpreted(module_name: str, *beneath: str) -> SimpleNamespace:
     fakes = {"triton": ModuleType("triton"), "triton.experimental": ModuleType("experimental")}
     fakes["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
     fakes |= {"triton.experimental.gluon": gluon, "triton.experimental.gluon.language.nvidia.hopper": hopper}
+    import_module(LAUNCHES)  # what it needs of Triton is real
     with patch.dict(sys.modules, fakes):
-        for name in beneath:
+        for name in (f"{LAUNCHES}_gluon", *beneath):
             sys.modules[name] = _execute(name)
         return SimpleNamespace(**vars(_execute(module_name)))
 
@@ -69,8 +72,11 @@ class _Kernel:
         return self._function(*arguments)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: object, num_warps: int, num_stages: int = 0, **constants: object) -> None:
+        def launch(
+            *arguments: object, num_warps: int, num_stages: int = 0, launch_pdl: bool = False, **constants: object
+        ) -> None:
             del num_warps, num_stages
+            assert not launch_pdl
             placed = [_place(value) for value in arguments]
             constants = {name: _place(value) for name, value in constants.items()}
             for program in range(grid[0]):
@@ -272,8 +278,10 @@ class _Language:
         values[mask] = pointer.memory[offset[mask]]
         return values
 
-    def store(self, pointer: _Pointer, values: torch.Tensor, mask: torch.Tensor) -> None:
+    def store(self, pointer: _Pointer, values: torch.Tensor | int, mask: torch.Tensor) -> None:
         offset, mask = torch.broadcast_tensors(pointer.offset, mask)
+        if not isinstance(values, torch.Tensor):
+            values = torch.full(offset.shape, values, dtype=pointer.memory.dtype)
         assert values.dtype == pointer.memory.dtype
         pointer.memory[offset[mask]] = values[mask]
 

@@ -262,8 +262,8 @@ def test_experts_in_every_walk(gemm: ModuleType, walk: dict[str, int], is_gated:
 # Rows of each expert: none at all; few and none before, between and behind; many tiles of one; both of a tile's groups
 # and one alone; and none anywhere. ``None``: one expert has all of 130 rows.
 HOPPER_COUNTS = ((0,), (5,), (0, 1, 0, 64, 65, 0), (128, 0, 0, 300, 129), (0, 0, 0), None)
-# (blocks of K, lead, buffers): fewer blocks than the lead and buffers, as many, and more.
-HOPPER_RINGS = ((1, 2, 4), (3, 3, 4), (9, 1, 4), (9, 0, 3))
+# (blocks of K, lead, buffers, rows of a box): fewer blocks than the lead and buffers, as many, and more.
+HOPPER_RINGS = ((1, 2, 4, 64), (3, 3, 4, 16), (9, 1, 4, 32), (9, 0, 3, 64))
 
 
 @pytest.fixture
@@ -286,12 +286,12 @@ def test_loop_for_hopper(
     gemm: ModuleType,
     small_hopper_tile: dict[str, int],
     counts: tuple[int, ...] | None,
-    ring: tuple[int, int, int],
+    ring: tuple[int, int, int, int],
     is_gated: bool,
     has_queue: bool,
 ) -> None:
     """Every program ends, and every row has its result; columns end inside a tile, and 3 rows are nobody's."""
-    num_blocks, lead, num_stages = ring
+    num_blocks, lead, num_stages, box_rows = ring
     torch.manual_seed(num_blocks)
     in_features = num_blocks * 16 if IS_INTERPRETED else num_blocks * 128 - 16
     num_columns = 72 if IS_INTERPRETED else 1048
@@ -299,10 +299,11 @@ def test_loop_for_hopper(
     x = draw(num_rows, in_features)
     weight, scale = draw(len(counts or (0,)), num_columns * (1 + is_gated), in_features)
     device_counts = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    places = {"walked_tiles": 2, "has_queue": has_queue}
+    places = {"walked_tiles": 2, "has_queue": has_queue, "box_rows": box_rows}
     tile = gemm.HopperTile(num_stages=num_stages, lead=lead, **places, **small_hopper_tile)
     inputs = *x, weight, scale, device_counts, torch.float32
     out = gemm.w8a8_grouped_gemm(*inputs, is_gated=is_gated, tile=tile)
+    assert gemm.find_tile_queue(x[0].device).item() == 0, "the next product would begin where this one ended"
     row = 0
     for expert, count in enumerate(counts or (num_rows,)):
         rows = slice(row, row + count)
@@ -361,7 +362,8 @@ def test_tile_follows_the_expected_rows(
 
 @pytest.mark.parametrize("number", range(4))
 def test_loop_for_hopper_compiles(number: int) -> None:
-    """It fits into shared memory, waits for a block of products while the next runs, and stores 16 bytes at once."""
+    """It fits into shared memory, waits for a block of products while the next runs, and stores 16 bytes at once, but for
+    the queue's 0."""
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
@@ -375,7 +377,10 @@ def test_loop_for_hopper_compiles(number: int) -> None:
         assert instruction in ptx, (kernel.label, instruction)
     waits = re.findall(r"wgmma.wait_group.sync.aligned (\d)", ptx)
     assert sorted(waits) == ["0", "0", "1", "1"], kernel.label
-    assert set(re.findall(r"st\.global[.\w]*", ptx)) == {"st.global.v4.b32"}, kernel.label
+    stores = re.findall(r"st\.global[.\w]*", ptx)
+    assert set(stores) - {"st.global.b32"} == {"st.global.v4.b32"}, kernel.label
+    assert stores.count("st.global.b32") == kernel.constants["HAS_QUEUE"], kernel.label
+    assert "griddepcontrol.wait" in ptx, kernel.label
 
 
 def test_padded_experts(fused: ModuleType) -> None:

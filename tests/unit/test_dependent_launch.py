@@ -15,6 +15,14 @@ CONSTANTS = {"weight"}  # pointers to what no kernel writes while others run
 ACCESSES = {"load", "store", "gather", "scatter"}
 
 
+def find_origin(tree: ast.Module, name: str) -> Path | None:
+    """Of a kernel that another module defines."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            return next(path for path in MODULES if path.stem == (node.module or "").rpartition(".")[2])
+    return None
+
+
 def find_functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -45,8 +53,9 @@ def find_early_accesses(statements: list[ast.stmt]) -> set[str]:
         if isinstance(node, ast.Return):
             found.add("return")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            is_access = node.func.attr in ACCESSES or node.func.attr.startswith("atomic")
-            pointer = node.args[0] if ast.unparse(node.func.value) == "tl" and node.args else node.func.value
+            is_access = node.func.attr in ACCESSES or node.func.attr.startswith(("atomic", "warp_specialize"))
+            is_library = ast.unparse(node.func.value) in {"tl", "gl"}
+            pointer = node.args[0] if is_library and node.args else node.func.value
             names = {name.id for name in ast.walk(pointer) if isinstance(name, ast.Name)}
             if is_access and not names & CONSTANTS:
                 found.add(ast.unparse(node))
@@ -60,8 +69,9 @@ LAUNCHED = [
 
 @pytest.mark.parametrize(("module", "name"), LAUNCHED)
 def test_kernel_waits_before_it_touches_memory(module: str, name: str) -> None:
-    path = next(path for path in MODULES if path.stem == module)
-    body = find_functions(ast.parse(path.read_text(encoding="utf-8")))[name].body
+    tree = ast.parse(next(path for path in MODULES if path.stem == module).read_text(encoding="utf-8"))
+    origin = find_origin(tree, name)
+    body = find_functions(ast.parse(origin.read_text(encoding="utf-8")) if origin else tree)[name].body
     waits = [i for i, statement in enumerate(body) if is_call_of(statement, "wait_for_inputs")]
     assert len(waits) == 1, "wait_for_inputs() must stand once in the kernel's body, in no branch"
     assert not find_early_accesses(body[: waits[0]])
@@ -72,6 +82,7 @@ def test_what_is_held_to_it_is_found() -> None:
         ("norms", "_rms_norm_kernel"),
         ("linear_fp32", "_linear_kernel"),
         ("index_scores", "_score_keys_kernel"),
+        ("w8a8_gemm", "multiply_on_hopper"),
     } <= {*LAUNCHED}
 
 
@@ -85,6 +96,8 @@ def test_what_is_held_to_it_is_found() -> None:
         ("tl.store(out, 0)", {"tl.store(out, 0)"}),
         ("x = x_tiles.load([0, k])", {"x_tiles.load([0, k])"}),
         ("tl.atomic_add(counts, 1)", {"tl.atomic_add(counts, 1)"}),
+        ("gl.load(counts)", {"gl.load(counts)"}),
+        ("gl.warp_specialize([(copy, (rows,))], [1], [24])", {"gl.warp_specialize([(copy, (rows,))], [1], [24])"}),
     ],
 )
 def test_early_accesses_are_found(source: str, expected: set[str]) -> None:

@@ -22,8 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.expert_rows import count_usual_rows
+from argosy.kernels.triton.dependent_launch import IS_ON
 from argosy.kernels.triton.fp8_hopper import Fp8HopperTile, multiply_fp8_on_hopper
-from argosy.kernels.triton.hopper_tiles import GROUP_ROWS
+from argosy.kernels.triton.tile_queue import find_tile_queue, pad_experts
 from argosy.kernels.triton.quantize_groups import empty_groups, quantize_last_dim
 
 HOPPER = 90
@@ -252,7 +253,7 @@ def _launch_on_hopper(
     x_tiles, weight_tiles = (
         GluonDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv))
         for matrix, block in (
-            (x, [GROUP_ROWS.value, BLOCK_SIZE]),
+            (x, [tile.box_rows, BLOCK_SIZE]),
             (weight.view(-1, in_features), [BLOCK_SIZE, BLOCK_SIZE]),
         )
     )
@@ -264,7 +265,7 @@ def _launch_on_hopper(
         x_scale,
         weight_scale_inv,
         x_scale if counts is None else counts,  # a launch needs pointers
-        torch.zeros(1, dtype=torch.int32, device=x.device) if has_queue else x_scale,
+        find_tile_queue(x.device) if has_queue else x_scale,
         out,
         x_scale if out_scale is None else out_scale,
         len(x),
@@ -279,12 +280,14 @@ def _launch_on_hopper(
         LEAD=tile.lead,
         NUM_UNROLLED=tile.num_unrolled,
         HAS_QUEUE=has_queue,
+        PADDED_EXPERTS=pad_experts(num_experts),
         IS_GATED=is_gated,
         IS_DENSE=counts is None,
         IS_QUANTIZED=out_scale is not None,
         HAS_UE8M0_SCALES=has_ue8m0_scales,
         HIDDEN_DTYPE=hidden,
         num_warps=4,
+        launch_pdl=IS_ON,
     )
 
 

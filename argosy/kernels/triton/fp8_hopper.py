@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from argosy.kernels.triton.dependent_launch_gluon import let_next_start, wait_for_inputs
 from argosy.kernels.triton.fp8_hopper_results import (
     HALF,
     QUARTER,
@@ -71,13 +72,16 @@ def multiply_fp8_on_hopper(
     LEAD: gl.constexpr,  # noqa: N803
     NUM_UNROLLED: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
+    PADDED_EXPERTS: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
     IS_QUANTIZED: gl.constexpr,  # noqa: N803
     HAS_UE8M0_SCALES: gl.constexpr,  # noqa: N803
     HIDDEN_DTYPE: gl.constexpr,  # noqa: N803
 ):
+    let_next_start()
     buffers, queue = open_ring(x_tiles, weight_tiles, num_taken, NUM_STAGES)
+    wait_for_inputs()
     walk = (counts, num_rows, num_experts, num_columns)
     sizes = (out_features, in_features)
     scales = (x_scale, weight_scale_inv, x_scale_row_stride, x_scale_group_stride)
@@ -142,6 +146,7 @@ def multiply_fp8_on_hopper(
                     WALKED_TILES,
                     NUM_STAGES,
                     HAS_QUEUE,
+                    PADDED_EXPERTS,
                     IS_GATED,
                     IS_DENSE,
                 ),

@@ -37,6 +37,7 @@ class HopperTile:
     """What a program does at once: 128 rows times two boxes of weights."""
 
     box_n: int = 128  # two neighbours, or of gate and of up
+    box_rows: int = 64  # that are copied at once: an expert's last rows come in as many boxes as they fill
     block_k: int = 128
     num_stages: int = 4
     lead: int = 1  # blocks of K that the upper rows are ahead of the lower ones at a tile's start
@@ -44,6 +45,7 @@ class HopperTile:
     has_queue: bool = True  # for experts; otherwise a program takes every 132nd tile, as it does of a dense linear
 
     def __post_init__(self) -> None:
+        assert GROUP_ROWS.value % self.box_rows == 0, "a box would have rows of both groups"
         assert 0 <= self.lead < self.num_stages, "the lower rows would wait for a block that waits for them"
 
 
@@ -79,6 +81,7 @@ def copy_blocks(
     WALKED_TILES: gl.constexpr,  # noqa: N803
     NUM_STAGES: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
+    PADDED_EXPERTS: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
 ):
@@ -88,28 +91,30 @@ def copy_blocks(
     out_features, in_features = sizes
     BOX_N: gl.constexpr = weight_tiles.block_shape[0]  # noqa: N806
     BLOCK_K: gl.constexpr = weight_tiles.block_shape[1]  # noqa: N806
+    BOX_ROWS: gl.constexpr = x_tiles.block_shape[0]  # noqa: N806
     TILE_N: gl.constexpr = BOX_N if IS_GATED else 2 * BOX_N  # noqa: N806
     second_box = num_columns if IS_GATED else BOX_N
     block = 0
     turn = 0
     taken = gl.program_id(0)
     tile = find_first_tile(walk, TILE_N, WALKED_TILES, IS_DENSE)
+    if HAS_QUEUE:
+        num_tiles = _count_tiles(walk, TILE_N, PADDED_EXPERTS)
     while tile[0] < num_experts:
         expert, place, first_row, count, row, column = tile
         weight_row = expert * out_features + column
-        is_lower = row + GROUP_ROWS < count
+        num_boxes = gl.minimum((count - row + BOX_ROWS - 1) // BOX_ROWS, TILE_ROWS // BOX_ROWS)
         for k in range(0, in_features, BLOCK_K):
             stage = block % NUM_STAGES
             for group in gl.static_range(NUM_GROUPS):
                 mbarrier.wait(empty.index(stage * NUM_GROUPS + group), find_round(block, NUM_STAGES) ^ 1)
             arrived = full.index(stage)
-            mbarrier.expect(arrived, (2 * BOX_N + TILE_ROWS) * BLOCK_K, pred=is_lower)
-            mbarrier.expect(arrived, (2 * BOX_N + GROUP_ROWS) * BLOCK_K, pred=row + GROUP_ROWS >= count)
-            upper, lower = rows.index(stage * NUM_GROUPS), rows.index(stage * NUM_GROUPS + 1)
+            for number in gl.static_range(TILE_ROWS // BOX_ROWS):
+                mbarrier.expect(
+                    arrived, (2 * BOX_N + (number + 1) * BOX_ROWS) * BLOCK_K, pred=num_boxes == number + 1
+                )
+            _copy_rows(x_tiles, first_row + row, k, num_boxes, rows, stage, arrived)
             box = weights.index(stage)
-            # What lies behind a tensor's end becomes zeros; what is another expert's is computed and not stored.
-            tma.async_copy_global_to_shared(x_tiles, [first_row + row, k], arrived, upper)
-            tma.async_copy_global_to_shared(x_tiles, [first_row + row + GROUP_ROWS, k], arrived, lower, pred=is_lower)
             tma.async_copy_global_to_shared(weight_tiles, [weight_row, k], arrived, box.slice(0, BOX_N))
             tma.async_copy_global_to_shared(
                 weight_tiles, [weight_row + second_box, k], arrived, box.slice(BOX_N, BOX_N)
@@ -119,13 +124,29 @@ def copy_blocks(
         if HAS_QUEUE:
             num_taken, steps, told = queue
             # Not before the last copy is on its way: tiles that share weights must start at almost the same time.
-            step = gl.atomic_add(num_taken, 1, sem="relaxed") + gl.num_programs(0) - taken
+            num_before = gl.atomic_add(num_taken, 1, sem="relaxed")
+            # Each tile is followed by one such question, so this is the last one.
+            gl.store(num_taken, 0, mask=num_before == num_tiles - 1)
+            step = num_before + gl.num_programs(0) - taken
             taken += step
             slot = turn % (NUM_STAGES + 1)
             steps.index(slot).store(gl.full([1], step, gl.int32, layout=ONE_TOLD))
             mbarrier.arrive(told.index(slot))
             turn += 1
         tile = find_next_tile(tile, step, walk, TILE_N, WALKED_TILES, IS_DENSE)
+
+
+@gluon.jit
+def _copy_rows(x_tiles, first_row, k, num_boxes, rows, stage, arrived):
+    """What lies behind a tensor's end becomes zeros; what is another expert's, or was not copied, is computed and not
+    stored.
+    """
+    BOX_ROWS: gl.constexpr = x_tiles.block_shape[0]  # noqa: N806
+    BOXES: gl.constexpr = GROUP_ROWS // BOX_ROWS  # noqa: N806 - of a group
+    for number in gl.static_range(NUM_GROUPS * BOXES):
+        box = rows.index(stage * NUM_GROUPS + number // BOXES).slice(number % BOXES * BOX_ROWS, BOX_ROWS)
+        place = [first_row + number * BOX_ROWS, k]
+        tma.async_copy_global_to_shared(x_tiles, place, arrived, box, pred=number < num_boxes)
 
 
 @gluon.jit
@@ -173,6 +194,16 @@ def _count_rows(expert, walk, IS_DENSE: gl.constexpr):  # noqa: N803
     else:
         count = gl.load(counts + expert, mask=expert < num_experts, other=0)
     return count
+
+
+@gluon.jit
+def _count_tiles(walk, TILE_N: gl.constexpr, PADDED_EXPERTS: gl.constexpr):  # noqa: N803
+    """Of all experts, for one warp."""
+    counts, num_rows, num_experts, num_columns = walk
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])  # noqa: N806
+    experts = gl.arange(0, PADDED_EXPERTS, layout=LAYOUT)
+    count = gl.load(counts + experts, mask=experts < num_experts, other=0)
+    return gl.sum((count + TILE_ROWS - 1) // TILE_ROWS, axis=0) * ((num_columns + TILE_N - 1) // TILE_N)
 
 
 @gluon.jit

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
 # Tokens that one program of the count reads at once, and its warps: for a decode step, and for more.
@@ -57,6 +59,7 @@ def pack_rows(
         NUM_BLOCKS=num_blocks,
         BLOCK=BLOCK_SIZE,
         num_warps=NUM_WARPS,
+        launch_pdl=IS_ON,
     )
     return message
 
@@ -199,6 +202,8 @@ def _pack_rows_kernel(
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    let_next_start()
+    wait_for_inputs()
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     values = load_words(

@@ -21,6 +21,7 @@ import triton.language as tl
 from argosy.kernels import reference, reference_cache_rows
 from argosy.kernels.reference_cache_rows import LatentRowLayout
 from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.dependent_launch import IS_ON
 from argosy.kernels.triton.sparse_mla_hopper import attend_on_hopper
 from argosy.kernels.triton.sparse_mla_pairs import attend_in_pairs
 
@@ -235,6 +236,7 @@ def _launch_in_pairs(
         NUM_PLACES=max(MIN_SHARE_SIZE, triton.next_power_of_2(topk_slots.shape[1])),
         IS_FULL=is_full,
         num_warps=PAIRED_WARPS,
+        launch_pdl=IS_ON,
     )
 
 

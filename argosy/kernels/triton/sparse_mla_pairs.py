@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from argosy.kernels.triton.dependent_launch_gluon import let_next_start, wait_for_inputs
+
 LOWEST = gl.constexpr(-3.0e38)
 BLOCK = gl.constexpr(64)  # heads of a program, and keys of a block; P too, since weights take the ropes' place
 NUM_GROUPS = gl.constexpr(2)
@@ -57,6 +59,7 @@ def attend_in_pairs(
     IS_FULL: gl.constexpr,  # noqa: N803
 ):
     """``NUM_PLACES``: a power of two, no less than ``num_keys``."""
+    let_next_start()
     dtype: gl.constexpr = query.dtype.element_ty
     num_head_blocks = (heads + BLOCK - 1) // BLOCK
     first_head = (gl.program_id(0) % num_head_blocks) * BLOCK
@@ -82,6 +85,7 @@ def attend_in_pairs(
     for group in gl.static_range(2):
         mbarrier.init(weights_ready.index(group), count=1)
         mbarrier.init(sums_ready.index(group), count=1)
+    wait_for_inputs()
     stop = num_keys
     if not IS_FULL:  # what is behind the last known slot is skipped
         places = gl.arange(0, NUM_PLACES, layout=LINE)

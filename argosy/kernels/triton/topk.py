@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from argosy.kernels.triton.card import count_multiprocessors
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.topk_search import LANES, LINE, VECTOR, count_before, find_lowest, load_scores, place_vectors
 
 
@@ -160,6 +161,7 @@ def _launch(
         READ=16 if scores.stride(0) % 16 == 0 else 1,
         num_warps=tile.num_warps,
         maxnreg=tile.max_registers,
+        launch_pdl=IS_ON,
     )
 
 
@@ -186,6 +188,8 @@ def _select_kernel(
     READ: tl.constexpr,  # noqa: N803
 ):
     """Rows of at most one block are done with here, and -1 tells the launches behind so."""
+    let_next_start()
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     num_in_row = tl.minimum(tl.load(num_visible + row).to(tl.int32), width)

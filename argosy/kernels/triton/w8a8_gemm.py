@@ -19,8 +19,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.triton.card import capability, count_multiprocessors
+from argosy.kernels.triton.dependent_launch import IS_ON
 from argosy.kernels.triton.expert_rows import count_usual_rows
-from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
+from argosy.kernels.triton.hopper_tiles import HopperTile
+from argosy.kernels.triton.tile_queue import find_tile_queue, pad_experts
 from argosy.kernels.triton.w8a8_hopper import multiply_on_hopper
 
 HOPPER = 90
@@ -68,6 +70,10 @@ GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
 HOPPER_ROWS = 43
 HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
 HOPPER_GATED_TILE = HopperTile()
+# In place of these while experts usually get no more rows: twice the tiles, so that all programs end together, and
+# only the rows that there are.
+FEW_HOPPER_ROWS = 96
+FEW_ROWS_HOPPER_TILE = HopperTile(box_n=64, num_stages=6, box_rows=32, walked_tiles=4)
 
 
 def w8a8_grouped_gemm(
@@ -143,6 +149,8 @@ def w8a8_grouped_gemm(
 def choose_tile(num_rows: int, num_experts: int, is_gated: bool, is_hopper: bool = False) -> Tile | HopperTile:
     """From what the host knows: the rows, not how they are spread."""
     rows = count_usual_rows(num_rows, num_experts)
+    if is_hopper and num_experts > 1 and HOPPER_ROWS < rows <= FEW_HOPPER_ROWS:
+        return FEW_ROWS_HOPPER_TILE
     if is_hopper and rows > HOPPER_ROWS:
         return HOPPER_GATED_TILE if is_gated else HOPPER_PLAIN_TILE
     tiles = GATED_TILES if is_gated else PLAIN_TILES
@@ -164,7 +172,7 @@ def _launch_on_hopper(
     x_tiles, weight_tiles = (
         GluonDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, gl.int8))
         for matrix, block in (
-            (x, [GROUP_ROWS.value, tile.block_k]),
+            (x, [tile.box_rows, tile.block_k]),
             (weight.view(-1, in_features), [tile.box_n, tile.block_k]),
         )
     )
@@ -177,7 +185,7 @@ def _launch_on_hopper(
         x_scale,
         weight_scale,
         x_scale if is_dense else num_rows_per_expert,  # a launch needs a pointer
-        torch.zeros(1, dtype=torch.int32, device=x.device) if has_queue else x_scale,
+        find_tile_queue(x.device) if has_queue else x_scale,
         out,
         len(x),
         num_experts,
@@ -188,9 +196,11 @@ def _launch_on_hopper(
         NUM_STAGES=tile.num_stages,
         LEAD=tile.lead,
         HAS_QUEUE=has_queue,
+        PADDED_EXPERTS=pad_experts(num_experts),
         IS_GATED=is_gated,
         IS_DENSE=is_dense,
         num_warps=4,
+        launch_pdl=IS_ON,
     )
 
 

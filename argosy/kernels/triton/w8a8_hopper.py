@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from argosy.kernels.triton.dependent_launch_gluon import let_next_start, wait_for_inputs
 from argosy.kernels.triton.hopper_tiles import (
     GROUP_ROWS,
     NUM_GROUPS,
@@ -48,10 +49,13 @@ def multiply_on_hopper(
     NUM_STAGES: gl.constexpr,  # noqa: N803
     LEAD: gl.constexpr,  # noqa: N803
     HAS_QUEUE: gl.constexpr,  # noqa: N803
+    PADDED_EXPERTS: gl.constexpr,  # noqa: N803
     IS_GATED: gl.constexpr,  # noqa: N803
     IS_DENSE: gl.constexpr,  # noqa: N803
 ):
+    let_next_start()
     buffers, queue = open_ring(x_tiles, weight_tiles, num_taken, NUM_STAGES)
+    wait_for_inputs()
     walk = (counts, num_rows, num_experts, num_columns)
     sizes = (out_features, in_features)
     results = (x_scale, weight_scale, out)
@@ -105,6 +109,7 @@ def multiply_on_hopper(
                     WALKED_TILES,
                     NUM_STAGES,
                     HAS_QUEUE,
+                    PADDED_EXPERTS,
                     IS_GATED,
                     IS_DENSE,
                 ),

@@ -10,7 +10,6 @@ from argosy.kernels.triton.fp8_gemm import (
     PLAIN_WIDE_TILE,
     Tile,
 )
-from argosy.kernels.triton.hopper_tiles import GROUP_ROWS
 from tests.helpers.compiled import Kernel
 
 
@@ -67,7 +66,7 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
     tile = HOPPER_GATED_TILE if is_gated else HOPPER_DENSE_TILE if is_dense else HOPPER_PLAIN_TILE
     return Kernel(
         "fp8_hopper.multiply_fp8_on_hopper",
-        {"x_tiles": f"fp8e4nv[{GROUP_ROWS.value},128]", "weight_tiles": "fp8e4nv[128,128]"}
+        {"x_tiles": f"fp8e4nv[{tile.box_rows},128]", "weight_tiles": "fp8e4nv[128,128]"}
         | {"x_scale": "*fp32", "weight_scale_inv": "*fp32", "counts": "*fp32" if is_dense else "*i32"}
         | {"num_taken": "*fp32" if is_dense else "*i32", "out": "*fp8e4nv" if is_gated else "*bf16"}
         | {"out_scale": "*fp32", "num_rows": "i32", "num_columns": "i32", "out_features": "i32"}
@@ -75,7 +74,7 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
         | ({} if is_dense else {"num_experts": "i32"}),
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
         | {"NUM_UNROLLED": tile.num_unrolled}
-        | {"HAS_QUEUE": not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
+        | {"HAS_QUEUE": not is_dense, "PADDED_EXPERTS": 32 if is_dense else 256, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
         | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
         | ({"num_experts": 1} if is_dense else {}),
         multiples_of_16=("num_columns", "out_features", "in_features"),

@@ -1,4 +1,4 @@
-from argosy.kernels.triton.hopper_tiles import GROUP_ROWS, HopperTile
+from argosy.kernels.triton.hopper_tiles import HopperTile
 from argosy.kernels.triton.w8a8_gemm import (
     GATED_TILES,
     GATED_WIDE_TILE,
@@ -49,13 +49,14 @@ def multiply_on_hopper(tile: HopperTile, *, is_gated: bool, is_dense: bool = Fal
     """Compiled by ``compile_gluon``."""
     return Kernel(
         "w8a8_hopper.multiply_on_hopper",
-        {"x_tiles": f"i8[{GROUP_ROWS.value},{tile.block_k}]", "weight_tiles": f"i8[{tile.box_n},{tile.block_k}]"}
+        {"x_tiles": f"i8[{tile.box_rows},{tile.block_k}]", "weight_tiles": f"i8[{tile.box_n},{tile.block_k}]"}
         | {"x_scale": "*fp32", "weight_scale": "*fp32", "counts": "*fp32" if is_dense else "*i32"}
         | {"num_taken": "*fp32" if is_dense else "*i32", "out": f"*{out}", "num_rows": "i32"}
         | ({} if is_dense else {"num_experts": "i32"})
         | {"num_columns": "i32", "out_features": "i32", "in_features": "i32"},
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
-        | {"HAS_QUEUE": tile.has_queue and not is_dense, "IS_GATED": is_gated, "IS_DENSE": is_dense}
+        | {"HAS_QUEUE": tile.has_queue and not is_dense, "PADDED_EXPERTS": 32 if is_dense else 256}
+        | {"IS_GATED": is_gated, "IS_DENSE": is_dense}
         | ({"num_experts": 1} if is_dense else {}),
         multiples_of_16=("num_columns", "out_features", "in_features"),
         instructions=("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", "cp.async.bulk.tensor", "setmaxnreg"),
