@@ -43,7 +43,10 @@ class ArrangedHandle:
     def _sum(self, expert_out: torch.Tensor) -> torch.Tensor:
         hidden_size = expert_out.shape[-1]
         rows = expert_out.reshape(expert_out.shape[:-1].numel(), hidden_size)
-        return self.sum_rows(rows, self.row_ids, self.topk_weights, expert_out.dtype, is_sparse=True)
+        skips_empty = not self.return_path.reads_empty_lines
+        return self.sum_rows(
+            rows, self.row_ids, self.topk_weights, expert_out.dtype, is_sparse=True, skips_empty=skips_empty
+        )
 
 
 def arrange(
@@ -108,9 +111,10 @@ def sum_rows_in_torch(
     addend: torch.Tensor | None = None,
     *,
     is_sparse: bool = False,
+    skips_empty: bool = False,
 ) -> torch.Tensor:
-    """``SumRows`` in plain torch: the slow twin of fused kernels, and what runs where there is none. Sparse lines are
-    no case of their own here."""
+    """``SumRows`` in plain torch: the slow twin of fused kernels, and what runs where there is none. Sparse and empty
+    lines are no cases of their own here."""
     if addend is not None:
         return (sum_rows_in_torch(rows, row_ids, weights, torch.float32) + addend).to(dtype)
     num_lines, num_summands = row_ids.shape

@@ -69,7 +69,7 @@ def build_dispatcher(
         return LocalDispatcher(num_experts, max_whole_tokens, fused, spread_weights)
     ops: RowOps = TorchRowOps() if row_ops is None else row_ops
     expert_map, expert_owner = build_expert_tables(num_experts, ep)
-    low_latency: RankExchange = FixedExchange(ep, codec, ops, AddAtHome(ep, ops))
+    low_latency: RankExchange = FixedExchange(ep, codec, ops, AddAtHome(ep, expert_owner, ops))
     if symmetric is not None:
         low_latency = SymmetricExchange(SymmetricLink(ep, symmetric, expert_owner), codec, low_latency)
     exchanges: dict[ExchangeMode, RankExchange] = {

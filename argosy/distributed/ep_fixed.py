@@ -23,37 +23,55 @@ from argosy.distributed.pending import Pending, Then
 
 
 class WayHome(Protocol):
-    """Every rank has a sum for every row, 0 where it has no expert of the token."""
+    """Every rank has a sum for every row: 0 where it has no expert of the token, or, unless ``reads_empty_lines``,
+    anything."""
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
-        """``partial_sums: [N, D]``, by source rank -> [num_tokens, D] float32: this rank's, added; with ``addend``
-        see ``ReturnPath.start``. Collective."""
+    reads_empty_lines: bool
+
+    def start(
+        self, partial_sums: torch.Tensor, topk_ids: torch.Tensor, addend: torch.Tensor | None
+    ) -> Pending[torch.Tensor]:
+        """``partial_sums: [N, D]``, by source rank, ``topk_ids: [T, K]`` of this rank's tokens -> [T, D] float32: this
+        rank's, added; with ``addend`` see ``ReturnPath.start``. Collective."""
         ...
 
 
 class AddAtHome:
-    """Parts travel side by side, and the source adds them in float32, in rank order."""
+    """Parts travel side by side, and the source adds those of the ranks that own a token's experts, in float32, in rank
+    order. ``expert_owner: [E + 1]`` int32, see ``build_expert_tables``."""
 
-    def __init__(self, ep: Communicator, row_ops: RowOps) -> None:
+    reads_empty_lines = False
+
+    def __init__(self, ep: Communicator, expert_owner: torch.Tensor, row_ops: RowOps) -> None:
         self._ep = ep
+        self._expert_owner = expert_owner
         self._row_ops = row_ops
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
+    def start(
+        self, partial_sums: torch.Tensor, topk_ids: torch.Tensor, addend: torch.Tensor | None
+    ) -> Pending[torch.Tensor]:
         num_rows, hidden_size = partial_sums.shape
         by_source = partial_sums.view(self._ep.size, num_rows // self._ep.size, hidden_size)
-        flight = self._ep.start_all_to_all(by_source)
-        return Then(flight, lambda by_expert_rank: self._row_ops.sum_parts(by_expert_rank, num_tokens, addend))
+
+        def finish(by_expert_rank: torch.Tensor) -> torch.Tensor:
+            return self._row_ops.sum_visited_parts(by_expert_rank, topk_ids, self._expert_owner, addend)
+
+        return Then(self._ep.start_all_to_all(by_source), finish)
 
 
 class AddInFlight:
     """NOTE(numerics): the backend adds in the model's dtype, in its own order; the other exchanges add in float32."""
 
+    reads_empty_lines = True
+
     def __init__(self, ep: Communicator) -> None:
         self._ep = ep
 
-    def start(self, partial_sums: torch.Tensor, num_tokens: int, addend: torch.Tensor | None) -> Pending[torch.Tensor]:
+    def start(
+        self, partial_sums: torch.Tensor, topk_ids: torch.Tensor, addend: torch.Tensor | None
+    ) -> Pending[torch.Tensor]:
         def finish(sums: torch.Tensor) -> torch.Tensor:
-            own = sums[:num_tokens].float()
+            own = sums[: topk_ids.shape[0]].float()
             return own if addend is None else (own + addend).to(addend.dtype)
 
         return Then(self._ep.start_reduce_scatter(partial_sums), finish)
@@ -64,10 +82,14 @@ class FixedReturn:
     """The way home of one dispatch."""
 
     way_home: WayHome
-    num_tokens: int
+    topk_ids: torch.Tensor  # [T, K] int32, of this rank's tokens
+
+    @property
+    def reads_empty_lines(self) -> bool:
+        return self.way_home.reads_empty_lines
 
     def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
-        return self.way_home.start(partial_sums, self.num_tokens, addend)
+        return self.way_home.start(partial_sums, self.topk_ids, addend)
 
 
 class FixedExchange:
@@ -82,11 +104,10 @@ class FixedExchange:
     def start(
         self, x: torch.Tensor | QuantizedRows, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plan: ExchangePlan
     ) -> Pending[ReceivedRows]:
-        num_tokens = topk_ids.shape[0]
-        check_fits(num_tokens, plan)
+        check_fits(topk_ids.shape[0], plan)
         tokens = pack_tokens(x, topk_ids, topk_weights, self._codec)
         flight = self._ep.start_all_gather(self._row_ops.pack_rows(tokens, plan.max_tokens_per_rank))
-        return Then(flight, partial(self._receive, tokens, FixedReturn(self._way_home, num_tokens)))
+        return Then(flight, partial(self._receive, tokens, FixedReturn(self._way_home, topk_ids)))
 
     def _receive(self, tokens: PackedTokens, return_path: FixedReturn, message: torch.Tensor) -> ReceivedRows:
         return ReceivedRows(*unpack(message, tokens, self._codec), None, return_path)

@@ -11,6 +11,7 @@ Shape letters: T tokens, N rows, D hidden, K experts per token, G ranks of the e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,7 @@ class HighThroughputReturn:
     sent_rows: torch.Tensor  # [T, G] int64: row of the sent message that carried the token to the rank, -1 none
     send_counts: Sequence[int]
     recv_counts: Sequence[int]
+    reads_empty_lines: ClassVar[bool] = False  # there are none: a row came for an expert
 
     def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
         flight = self.ep.start_all_to_all_v(partial_sums, self.recv_counts, self.send_counts)

@@ -67,6 +67,15 @@ class TorchRowOps:
         scale, _, _ = sorted_rows(x.scale, local_ids, num_local_experts, num_rows)
         return QuantizedRows(numbers, scale, x.dtype), counts, row_ids
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
-        sums = parts[:, :num_rows].sum(dim=0, dtype=torch.float32)
+    def sum_visited_parts(
+        self,
+        parts: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_owner: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        num_parts, num_tokens = parts.shape[0], topk_ids.shape[0]
+        ranks = torch.arange(num_parts, dtype=torch.int32, device=topk_ids.device).view(num_parts, 1, 1)
+        is_visited = (expert_owner[topk_ids] == ranks).any(dim=2)  # [G, T]
+        sums = parts[:, :num_tokens].masked_fill(~is_visited.unsqueeze(2), 0).sum(dim=0, dtype=torch.float32)
         return sums if addend is None else (sums + addend).to(addend.dtype)

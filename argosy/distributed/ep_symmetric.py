@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -201,6 +201,7 @@ class SymmetricReturn:
     link: SymmetricLink
     received_ids: torch.Tensor  # [N, K] int32
     sent_ids: torch.Tensor  # [T, K] int32
+    reads_empty_lines: ClassVar[bool] = False
 
     def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
         link, num_ranks = self.link, self.link.ep.size

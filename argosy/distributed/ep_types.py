@@ -35,10 +35,12 @@ class SumRows(Protocol):
         addend: torch.Tensor | None = None,
         *,
         is_sparse: bool = False,
+        skips_empty: bool = False,
     ) -> torch.Tensor:
         """``rows: [R, D]``, ``row_ids: [N, S]`` int64 or -1, ``weights: [N, S]`` f32 or None for ones, ``addend:
         [N, D]`` -> [N, D] in ``dtype``, added in float32; without an addend exactly 0 for a line of -1. Rows that no id
-        names may hold anything, NaN too. ``is_sparse``: most ids are -1; it changes no number."""
+        names may hold anything, NaN too. ``is_sparse``: most ids are -1; it changes no number. ``skips_empty``: lines
+        of -1 may be left unwritten, for nobody reads them; only without an addend."""
         ...
 
 
@@ -151,6 +153,11 @@ class TokenDispatcher(Protocol):
 class ReturnPath(Protocol):
     """The way home of one exchange's rows."""
 
+    @property
+    def reads_empty_lines(self) -> bool:
+        """Whether lines of rows that have no expert here must be zeros; else they may hold anything."""
+        ...
+
     def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
         """``partial_sums: [N, D]``, a line per received row -> [T, D] float32, each token's sum. With ``addend:
         [T, D]`` that is added in float32, and the result has its dtype. Collective over ep."""
@@ -257,9 +264,16 @@ class RowOps(Protocol):
         """``arrange_rows`` of sorted rows in 8 bits, with their scales."""
         ...
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
-        """``parts: [G, C, D]`` -> [num_rows, D] float32: the parts' first rows, added in rank order; with ``addend:
-        [num_rows, D]`` that too, and in its dtype."""
+    def sum_visited_parts(
+        self,
+        parts: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_owner: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``parts: [G, C, D]``, one of each rank, ``topk_ids: [T, K]``, ``expert_owner: [E + 1]`` int32 -> [T, D]
+        float32: of each token the parts of the ranks that own its experts, in rank order; with ``addend: [T, D]`` that
+        too, and in its dtype. What other parts hold is nothing: it is not read, or hidden."""
         ...
 
 

@@ -1,9 +1,9 @@
 """The expert exchange of one rank among many, without the others and without a network.
 
-What a rank sends comes back as if others had sent it: as many rows as a real rank receives, whose experts are drawn
-evenly. Shapes, copies to and from messages and host waits are those of a real step; the time on a network is missing,
-and the numbers mean nothing. Invariant: of the rows that come in, K x T ids in the mean are this rank's, T being the
-tokens of every rank.
+What a rank sends comes back as if others had sent it: as many rows as a real rank receives, whose experts are its own
+rows', shifted by a rank's. Shapes, copies to and from messages and host waits are those of a real step; the time on a
+network is missing, and the numbers mean nothing. Invariant: of the rows that come in K x T ids are this rank's, T being
+the tokens of every rank, if tokens' experts stay what they were in the first step.
 
 Shape letters: T tokens of a rank, C rows of an equal part, G ranks, W words of a row, E experts, K experts per token.
 """
@@ -21,7 +21,6 @@ from argosy.distributed.layout import ParallelLayout
 from argosy.distributed.mesh import ParallelMesh
 from argosy.distributed.pending import Pending, Ready
 from argosy.models.deepseek.config import ModelConfig
-from benchmarks.steps.routing import draw_even
 
 
 class EvenLoopback(Communicator):
@@ -40,7 +39,7 @@ class EvenLoopback(Communicator):
         self._shifts: dict[tuple[int, ...], torch.Tensor] = {}
 
     def start_all_gather(self, x: torch.Tensor) -> Pending[torch.Tensor]:
-        """``x: [C, W]`` -> [G * C, W]: its own rows, and the others', which were drawn once."""
+        """``x: [C, W]`` -> [G * C, W]: its own rows, and the others', which were made in the first step."""
         gathered = self._gathered.get(x.shape)
         if gathered is None:
             gathered = self._gathered[x.shape] = self._draw_messages(x)
@@ -79,11 +78,19 @@ class EvenLoopback(Communicator):
         messages = torch.zeros(num_rows, x.shape[1], dtype=torch.int32, device=x.device)
         payload = self._draw_payload(num_rows, self._payload_of[x.shape[1]], x.device)
         messages[:, : payload.shape[1]] = payload
-        self._ids_of(messages).copy_(draw_even(self._config, num_rows, seed=1))
+        self._ids_of(messages).copy_(self._shift_ids(self._ids_of(x)))
         weights = torch.full((num_rows, num_ids), 1 / num_ids, device=x.device)
         first_weight = payload.shape[1] + num_ids
         messages[:, first_weight : first_weight + num_ids] = weights.view(torch.int32)
         return messages
+
+    def _shift_ids(self, own: torch.Tensor) -> torch.Tensor:
+        """``own: [C, K]`` ids -> [G * C, K]: of rank r's rows those that this rank's experts have where rank r has them
+        in its own rows, so that sums come back for what was sent."""
+        ranks = torch.arange(self.size, dtype=torch.int32, device=own.device).view(self.size, 1, 1)
+        num_experts = self._config.n_routed_experts
+        shifted = (own - ranks * (num_experts // self.size)) % num_experts
+        return torch.where(own < 0, -1, shifted).flatten(0, 1)
 
     def _draw_payload(self, num_rows: int, num_words: int, device: torch.device) -> torch.Tensor:
         """[num_rows, num_words] int32."""

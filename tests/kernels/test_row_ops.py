@@ -6,6 +6,7 @@ On an NVIDIA card, or without one in Triton's interpreter:
 """
 
 import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -201,17 +202,29 @@ def test_received_rows_in_eight_bits_stand_by_expert(fused: RowOps, num_rows: in
 
 @pytest.mark.parametrize("hidden_size", [72, 7168])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_rows", [0, 1, 7])
-def test_parts_are_summed(fused: RowOps, num_rows: int, dtype: torch.dtype, hidden_size: int) -> None:
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_visited_parts_are_summed(fused: RowOps, num_tokens: int, dtype: torch.dtype, hidden_size: int) -> None:
+    """More parts than ids and fewer; a part that no id of the token names holds NaN."""
     for num_parts in (1, 2, 5):
-        parts = torch.randn(num_parts, 7, hidden_size, generator=torch.Generator().manual_seed(num_parts))
-        parts = parts.to(DEVICE, dtype)
-        parts[:, num_rows:] = float("nan")  # nobody's
-        out = fused.sum_parts(parts, num_rows)
+        generator = torch.Generator().manual_seed(num_parts)
+        expert_owner = (torch.arange(3 * num_parts + 1, dtype=torch.int32) // 3).to(DEVICE)
+        ids = torch.rand(num_tokens, 3 * num_parts, generator=generator).argsort(dim=1)[:, :3].int().to(DEVICE)
+        if num_tokens > 1:
+            ids[0], ids[1, 0] = -1, -1
+        parts = torch.randn(num_parts, 7, hidden_size, generator=generator).to(DEVICE, dtype)
+        expected = torch.zeros(num_tokens, hidden_size, device=DEVICE)
+        for part in range(num_parts):
+            is_visited = (expert_owner[ids] == part).any(dim=1)
+            expected[is_visited] += parts[part, :num_tokens][is_visited].float()
+            parts[part, :num_tokens][~is_visited] = float("nan")
+        parts[:, num_tokens:] = float("nan")
+        out = fused.sum_visited_parts(parts, ids, expert_owner)
         assert out.dtype == torch.float32
-        torch.testing.assert_close(out, TWIN.sum_parts(parts, num_rows), atol=FP32_OP_ATOL, rtol=1e-5)
-        addend = torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
-        onto = fused.sum_parts(parts, num_rows, addend)
+        torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)
+        twin = TWIN.sum_visited_parts(parts, ids, expert_owner)
+        torch.testing.assert_close(twin, expected, atol=FP32_OP_ATOL, rtol=1e-5)
+        addend = torch.randn(num_tokens, hidden_size, generator=generator).to(DEVICE, dtype)
+        onto = fused.sum_visited_parts(parts, ids, expert_owner, addend)
         # The interpreter cuts bfloat16 off instead of rounding.
         tolerance = 2**-7 if IS_INTERPRETED and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(onto, (out + addend).to(dtype), atol=tolerance, rtol=tolerance)
@@ -240,3 +253,25 @@ def test_rows_are_summed(num_lines: int, hidden_size: int, is_sparse: bool) -> N
         out = sum_rows(rows, row_ids, factors, torch.float32, addend, is_sparse=is_sparse)
         expected = sum_rows_in_torch(rows, row_ids, factors, torch.float32, addend)
         torch.testing.assert_close(out, expected, atol=FP32_OP_ATOL, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_lines", [1, 40])
+def test_empty_lines_may_be_skipped(num_lines: int) -> None:
+    pytest.importorskip("triton")
+    from argosy.kernels.triton import sum_rows as module
+
+    generator = torch.Generator().manual_seed(num_lines)
+    rows = torch.randn(30, 72, generator=generator).to(DEVICE, torch.bfloat16)
+    row_ids = torch.randint(-30, 30, (num_lines, 2), generator=generator).clamp(min=-1).to(DEVICE)
+    row_ids[0] = -1
+    is_empty = (row_ids < 0).all(dim=1)
+    new_empty = torch.Tensor.new_empty
+
+    def new_sevens(x: torch.Tensor, *shape: int, **options: torch.dtype) -> torch.Tensor:
+        return new_empty(x, *shape, **options).fill_(7)
+
+    with patch.object(torch.Tensor, "new_empty", new_sevens):
+        out = module.sum_rows(rows, row_ids, None, torch.float32, is_sparse=True, skips_empty=True)
+    expected = sum_rows_in_torch(rows, row_ids, None, torch.float32)
+    assert (out[is_empty] == 7.0).all()
+    torch.testing.assert_close(out[~is_empty], expected[~is_empty], atol=FP32_OP_ATOL, rtol=1e-5)

@@ -362,8 +362,8 @@ def test_tile_follows_the_expected_rows(
 
 @pytest.mark.parametrize("number", range(4))
 def test_loop_for_hopper_compiles(number: int) -> None:
-    """It fits into shared memory, waits for a block of products while the next runs, and stores 16 bytes at once, but for
-    the queue's 0."""
+    """It fits into shared memory, waits for a block of products while the next runs, and stores 16 bytes at once, but
+    for the queue's 0."""
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")

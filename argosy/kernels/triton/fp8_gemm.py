@@ -21,11 +21,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.reference_fp8 import BLOCK_SIZE
 from argosy.kernels.triton.card import capability, count_multiprocessors
-from argosy.kernels.triton.expert_rows import count_usual_rows
 from argosy.kernels.triton.dependent_launch import IS_ON
+from argosy.kernels.triton.expert_rows import count_usual_rows
 from argosy.kernels.triton.fp8_hopper import Fp8HopperTile, multiply_fp8_on_hopper
-from argosy.kernels.triton.tile_queue import find_tile_queue, pad_experts
 from argosy.kernels.triton.quantize_groups import empty_groups, quantize_last_dim
+from argosy.kernels.triton.tile_queue import find_tile_queue, pad_experts
 
 HOPPER = 90
 BLOCK_K: tl.constexpr = tl.constexpr(BLOCK_SIZE)

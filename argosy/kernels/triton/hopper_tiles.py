@@ -110,9 +110,7 @@ def copy_blocks(
                 mbarrier.wait(empty.index(stage * NUM_GROUPS + group), find_round(block, NUM_STAGES) ^ 1)
             arrived = full.index(stage)
             for number in gl.static_range(TILE_ROWS // BOX_ROWS):
-                mbarrier.expect(
-                    arrived, (2 * BOX_N + (number + 1) * BOX_ROWS) * BLOCK_K, pred=num_boxes == number + 1
-                )
+                mbarrier.expect(arrived, (2 * BOX_N + (number + 1) * BOX_ROWS) * BLOCK_K, pred=num_boxes == number + 1)
             _copy_rows(x_tiles, first_row + row, k, num_boxes, rows, stage, arrived)
             box = weights.index(stage)
             tma.async_copy_global_to_shared(weight_tiles, [weight_row, k], arrived, box.slice(0, BOX_N))

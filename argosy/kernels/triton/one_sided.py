@@ -17,6 +17,7 @@ from triton.language.extra import cuda
 
 from argosy.kernels.triton.pack_rows import load_words, split_payload
 from argosy.kernels.triton.row_ops import TokenColumns
+from argosy.kernels.triton.sum_parts import sum_visited_parts
 
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
@@ -130,36 +131,9 @@ class TritonOneSidedOps:
         """Waits as ``wait_for_puts``, then adds in float32, in rank order: ``parts: [G, C, D]``, a view of ``words``,
         ``topk_ids: [T, K]`` int32 of this rank's own tokens -> [T, D] float32. With ``addend: [T, D]`` of any float,
         contiguous, added last: in its dtype."""
-        num_tokens, hidden_size = topk_ids.shape[0], parts.shape[2]
-        assert addend is None or addend.is_contiguous(), "rows of the addend are found as the result's are"
-        dtype = torch.float32 if addend is None else addend.dtype
-        out = parts.new_empty(num_tokens, hidden_size, dtype=dtype)
         # One program waits, also without tokens: if all of the sum's did, their looks would queue up at the flags.
         self.wait_for_puts(area)
-        if num_tokens == 0:
-            return out
-        num_blocks = triton.cdiv(hidden_size, BLOCK_SIZE)
-        _add_sums_kernel[(num_tokens * num_blocks,)](
-            parts,
-            topk_ids,
-            expert_owner,
-            parts if addend is None else addend,
-            out,
-            hidden_size,
-            expert_owner.shape[0] - 1,
-            parts.stride(0),
-            parts.stride(1),
-            topk_ids.stride(0),
-            topk_ids.stride(1),
-            HAS_ADDEND=addend is not None,
-            NUM_BLOCKS=num_blocks,
-            BLOCK=BLOCK_SIZE,
-            num_warps=NUM_WARPS,
-            NUM_IDS=topk_ids.shape[1],
-            NUM_IDS_PADDED=triton.next_power_of_2(topk_ids.shape[1]),
-            NUM_RANKS=parts.shape[0],
-        )
-        return out
+        return sum_visited_parts(parts, topk_ids, expert_owner, addend)
 
 
 def _sizes(topk_ids: torch.Tensor, area: Area) -> dict[str, int]:
@@ -388,40 +362,3 @@ def _put_sums_kernel(
         places = tl.multiple_of(places, 16) + (first + line % num_rows) * hidden_size
         tl.store(places + columns, values, mask=is_sent)
     _set_flags(flag_addresses, counters, rank, NUM_RANKS, NUM_RANKS_PADDED, FLAG_WORDS)
-
-
-@triton.jit
-def _add_sums_kernel(
-    parts,
-    topk_ids,
-    expert_owner,
-    addend,
-    out,
-    hidden_size,
-    num_experts,
-    part_stride,
-    row_stride,
-    id_stride,
-    id_column_stride,
-    NUM_IDS: tl.constexpr,  # noqa: N803
-    NUM_IDS_PADDED: tl.constexpr,  # noqa: N803
-    NUM_RANKS: tl.constexpr,  # noqa: N803
-    HAS_ADDEND: tl.constexpr,  # noqa: N803
-    NUM_BLOCKS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-):
-    token = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
-    columns = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    is_column = columns < hidden_size
-    owners = _load_owners(
-        topk_ids, expert_owner, token, True, num_experts, id_stride, id_column_stride, NUM_IDS, NUM_IDS_PADDED
-    )
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    start = token * row_stride  # int64, and so is what is added to it
-    for source in tl.static_range(NUM_RANKS):
-        is_read = is_column & _is_among(source, owners)  # a rank that sent nothing left old numbers there
-        total += tl.load(parts + start + columns, mask=is_read, other=0.0).to(tl.float32)
-        start += part_stride
-    if HAS_ADDEND:
-        total += tl.load(addend + token * hidden_size + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out + token * hidden_size + columns, total.to(out.dtype.element_ty), mask=is_column)

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 
 from argosy.kernels.triton import arrange_rows, pack_rows
-from argosy.kernels.triton.sum_parts import sum_parts
+from argosy.kernels.triton.sum_parts import sum_visited_parts
 
 
 class TokenColumns(Protocol):
@@ -87,5 +87,11 @@ class TritonRowOps:
         numbers, scale, counts, row_ids = arranged
         return replace(x, numbers=numbers, scale=scale), counts, row_ids
 
-    def sum_parts(self, parts: torch.Tensor, num_rows: int, addend: torch.Tensor | None = None) -> torch.Tensor:
-        return sum_parts(parts, num_rows, addend=addend)
+    def sum_visited_parts(
+        self,
+        parts: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_owner: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return sum_visited_parts(parts, topk_ids, expert_owner, addend)

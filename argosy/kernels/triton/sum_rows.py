@@ -29,13 +29,15 @@ def sum_rows(
     addend: torch.Tensor | None = None,
     *,
     is_sparse: bool = False,
+    skips_empty: bool = False,
 ) -> torch.Tensor:
     """``rows: [R, D]``, ``row_ids: [N, S]`` int (-1 none), ``weights: [N, S]`` f32 or None for ones, ``addend: [N, D]``
     of any float, contiguous, added last -> [N, D].
 
     Rows that no id names are never read. ``row_ids`` and ``weights`` may be strided. ``is_sparse``: most ids are -1; it
-    decides how lines are worked on, and changes no number.
+    decides how lines are worked on, and changes no number. ``skips_empty``: sparse lines of -1 stay unwritten.
     """
+    assert not (skips_empty and addend is not None), "an empty line is its addend"
     num_lines, num_summands = row_ids.shape
     hidden_size = rows.shape[1]
     out = rows.new_empty(num_lines, hidden_size, dtype=dtype)
@@ -62,6 +64,7 @@ def sum_rows(
         HAS_WEIGHTS=has_weights,
         HAS_ADDEND=addend is not None,
         IS_SPARSE=is_sparse,
+        SKIPS_EMPTY=skips_empty,
         NUM_BLOCKS=num_blocks,
         BLOCK=block,
         num_warps=SPARSE_WARPS if is_sparse else FULL_WARPS,
@@ -88,6 +91,7 @@ def _sum_rows_kernel(
     HAS_WEIGHTS: tl.constexpr,  # noqa: N803
     HAS_ADDEND: tl.constexpr,  # noqa: N803
     IS_SPARSE: tl.constexpr,  # noqa: N803
+    SKIPS_EMPTY: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
@@ -103,7 +107,10 @@ def _sum_rows_kernel(
         summands = tl.arange(0, PADDED_SUMMANDS)
         ids = row_ids + line * id_line_stride + summands * id_summand_stride
         ids = tl.load(ids, mask=summands < NUM_SUMMANDS, other=-1)
-        if tl.max(ids) >= 0:
+        is_empty = tl.max(ids) < 0
+        if SKIPS_EMPTY & is_empty:
+            return
+        if not is_empty:
             for summand in tl.static_range(NUM_SUMMANDS):
                 row = tl.max(tl.where(summands == summand, ids, -1)).to(tl.int64)
                 if row >= 0:

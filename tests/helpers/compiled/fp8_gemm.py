@@ -74,7 +74,13 @@ def multiply_fp8_on_hopper(*, is_gated: bool, is_dense: bool = False) -> Kernel:
         | ({} if is_dense else {"num_experts": "i32"}),
         {"WALKED_TILES": tile.walked_tiles, "NUM_STAGES": tile.num_stages, "LEAD": tile.lead}
         | {"NUM_UNROLLED": tile.num_unrolled}
-        | {"HAS_QUEUE": not is_dense, "PADDED_EXPERTS": 32 if is_dense else 256, "IS_GATED": is_gated, "IS_DENSE": is_dense, "IS_QUANTIZED": is_gated}
+        | {
+            "HAS_QUEUE": not is_dense,
+            "PADDED_EXPERTS": 32 if is_dense else 256,
+            "IS_GATED": is_gated,
+            "IS_DENSE": is_dense,
+            "IS_QUANTIZED": is_gated,
+        }
         | {"HAS_UE8M0_SCALES": True, "HIDDEN_DTYPE": tl.bfloat16, "x_scale_row_stride": 1}
         | ({"num_experts": 1} if is_dense else {}),
         multiples_of_16=("num_columns", "out_features", "in_features"),

@@ -36,12 +36,4 @@ KERNELS = (
         multiples_of_16=("hidden_size", "sum_stride"),
         instructions=(*RELEASES, "st.global.v4"),
     ),
-    Kernel(
-        "one_sided._add_sums_kernel",
-        {"parts": "*bf16", "addend": "*bf16", "out": "*bf16", "hidden_size": "i32"}
-        | {"part_stride": "i32", "row_stride": "i32"}
-        | IDS,
-        {"NUM_IDS": 8, "NUM_IDS_PADDED": 8, "NUM_RANKS": 2, "NUM_BLOCKS": 7, "BLOCK": 1024, "HAS_ADDEND": True},
-        multiples_of_16=("hidden_size", "part_stride", "row_stride"),
-    ),
 )

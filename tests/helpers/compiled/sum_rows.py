@@ -8,7 +8,12 @@ def sum_rows(out: str, *, has_addend: bool, is_sparse: bool = False) -> Kernel:
         | {"row_stride": "i32", "id_line_stride": "i32", "id_summand_stride": "i32"}
         | {"weight_line_stride": "i32", "weight_summand_stride": "i32"},
         {"NUM_SUMMANDS": 8, "PADDED_SUMMANDS": 8, "HAS_WEIGHTS": True, "HAS_ADDEND": has_addend}
-        | {"IS_SPARSE": is_sparse, "NUM_BLOCKS": 1 if is_sparse else 7, "BLOCK": 8192 if is_sparse else 1024},
+        | {
+            "IS_SPARSE": is_sparse,
+            "SKIPS_EMPTY": is_sparse,
+            "NUM_BLOCKS": 1 if is_sparse else 7,
+            "BLOCK": 8192 if is_sparse else 1024,
+        },
         num_warps=8 if is_sparse else 4,
         multiples_of_16=("hidden_size", "row_stride"),
         label="with addend" if has_addend else "sparse" if is_sparse else "",
