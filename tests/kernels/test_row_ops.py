@@ -200,6 +200,65 @@ def test_received_rows_in_eight_bits_stand_by_expert(fused: RowOps, num_rows: in
         assert torch.equal(fused_rows.scale[:num_local], rows.scale[:num_local])
 
 
+@pytest.mark.parametrize("num_local_experts", [1, 5, 16])
+@pytest.mark.parametrize(("num_rows", "k"), [(129, 8), (343, 3), (1100, 1)])
+def test_a_share_of_many_rows_stands_by_expert(fused: RowOps, num_rows: int, k: int, num_local_experts: int) -> None:
+    """Chunks end inside rows, one is not full, and experts have none or more of one chunk than half of it."""
+    generator = torch.Generator().manual_seed(num_rows)
+    ids = torch.rand(num_rows, NUM_EXPERTS, generator=generator).topk(k)[1].to(torch.int32)
+    ids[torch.rand(num_rows, k, generator=generator) < 0.2] = -1
+    if k == 1:
+        ids[100:400] = 2  # whole chunks
+    message = torch.randint(-100, 100, (num_rows, 72), dtype=torch.int8, generator=generator).to(DEVICE)
+    words = torch.full((num_rows, 5 + k), -7, dtype=torch.int32)
+    words[:, 3 : 3 + k] = ids
+    ids = words.to(DEVICE)[:, 3 : 3 + k]  # strided, behind no whole 16 bytes
+    scale = torch.rand(num_rows, 3, generator=generator).to(DEVICE)[:, 1:2]
+    expert_map = torch.full((NUM_EXPERTS + 1,), num_local_experts, dtype=torch.int32, device=DEVICE)
+    order = torch.randperm(NUM_EXPERTS, generator=generator)
+    expert_map[order[:num_local_experts].to(DEVICE)] = torch.arange(num_local_experts, dtype=torch.int32, device=DEVICE)
+    expert_map[2] = 0
+    arguments = QuantizedRows(message, scale, torch.bfloat16), ids, None, expert_map, num_local_experts
+    rows, counts, row_ids = TWIN.arrange_quantized(*arguments)
+    fused_rows, fused_counts, fused_ids = fused.arrange_quantized(*arguments)
+    assert torch.equal(fused_counts, counts) and torch.equal(fused_ids, row_ids)
+    num_owned = int(counts.sum())
+    assert torch.equal(fused_rows.numbers[:num_owned], rows.numbers[:num_owned])
+    assert torch.equal(fused_rows.scale[:num_owned], rows.scale[:num_owned])
+
+
+@pytest.mark.parametrize("capacity", [None, 4000])
+@pytest.mark.parametrize(("num_chunks", "num_local_experts"), [(0, 3), (1, 1), (700, 13), (2500, 5)])
+def test_chunks_of_many_entries_are_added_up(num_chunks: int, num_local_experts: int, capacity: int | None) -> None:
+    """Also those that a program reads in several blocks."""
+    arrange_rows = pytest.importorskip("argosy.kernels.triton.arrange_rows")
+    generator = torch.Generator().manual_seed(num_chunks)
+    table = torch.randint(0, 129, (num_chunks, 16), dtype=torch.uint8, generator=generator).to(DEVICE)
+    counts, starts = arrange_rows._sum_chunks(table, num_local_experts, capacity)
+    numbers = table[:, :num_local_experts].long()
+    expected = numbers.sum(dim=0)
+    assert torch.equal(counts.long(), expected)
+    first = torch.arange(num_local_experts, device=DEVICE) * capacity if capacity else expected.cumsum(0) - expected
+    assert torch.equal(starts[:, :num_local_experts].long(), first + numbers.cumsum(0) - numbers)
+
+
+@pytest.mark.parametrize("num_local_experts", [4, 16])
+def test_rows_behind_the_last_expert_s_are_not_written(num_local_experts: int) -> None:
+    arrange_chunks = pytest.importorskip("argosy.kernels.triton.arrange_chunks")
+    x, ids, _ = draw_tokens(140, k=8)
+    expert_map = torch.arange(NUM_EXPERTS + 1, dtype=torch.int32, device=DEVICE).clamp(max=num_local_experts)
+    rows = torch.full((ids.numel(), x.shape[1]), float("nan"), dtype=x.dtype, device=DEVICE)
+    table_size = arrange_chunks.choose_table(ids.numel(), num_local_experts, NUM_EXPERTS)
+    assert table_size is not None
+    counts, row_ids = arrange_chunks.arrange_chunks(x, ids, expert_map, rows, num_local_experts, table_size)
+    num_owned = int(counts.sum())
+    assert num_owned == int(((ids >= 0) & (ids < num_local_experts)).sum())
+    assert rows[:num_owned].isfinite().all() and rows[num_owned:].isnan().all()
+    is_owned = row_ids >= 0
+    assert torch.equal(row_ids[is_owned].sort()[0], torch.arange(num_owned, device=DEVICE))
+    assert torch.equal(rows[row_ids[is_owned]], x.repeat_interleave(is_owned.sum(dim=1), dim=0))
+
+
 @pytest.mark.parametrize("hidden_size", [72, 7168])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])

@@ -13,6 +13,7 @@ from argosy.runner.warm_up import LONGEST_MASKED, WarmUpSizes, ladder, plan_warm
 pytest.importorskip("triton")
 
 from argosy.kernels.triton import (  # noqa: E402 - after the check that there is a Triton
+    arrange_chunks,
     arrange_rows,
     fp8_gemm,
     linear_fp32,
@@ -88,7 +89,8 @@ CHOICES: dict[str, Callable[[int], Hashable]] = {
     "fp8 experts": choose_fp8_experts,
     "around": choose_around_linears,
     "head": lambda num_tokens: linear_fp32.choose_tile(num_tokens, 129280, torch.bfloat16),
-    "arrange": lambda num_tokens: TOP_K * num_tokens <= arrange_rows.FEW_ENTRIES,
+    "arrange": lambda num_tokens: TOP_K * num_tokens <= arrange_rows.MAX_ENTRIES,
+    "arrange a share": lambda num_tokens: arrange_chunks.choose_table(TOP_K * 16 * num_tokens, 16, 256),
     "groups": lambda num_tokens: quantize_groups.choose_block_rows(num_tokens),
     "expert groups": lambda num_tokens: quantize_groups.choose_block_rows(TOP_K * num_tokens),
 }

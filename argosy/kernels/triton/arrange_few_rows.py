@@ -1,7 +1,7 @@
 """Received rows -> the experts' rows in one launch, for a decode step: every program reads all ids.
 
 So few ids are there that finding a row's place costs less than a launch that counts before: it is the number of entries
-of lower experts, and of its own experts' before it. Invariant: what ``arrange_rows.py`` makes in two launches.
+of lower experts, and of its own experts' before it. Invariant: what ``arrange_rows.py`` makes in three launches.
 
 Shape letters: N received rows, K experts per token, D hidden, E experts, e local experts, G scales of a row.
 """

@@ -1,16 +1,18 @@
-"""Received rows -> the experts' rows: a stable counting sort and the copy, in two kernels, and in one for a few rows.
+"""Received rows -> the experts' rows: a stable counting sort and the copy, in three kernels, and in fewer for few rows.
 
 Plain torch sorts, searches, inverts and gathers in a dozen; and a gather of fixed length also copies rows of experts
-that are elsewhere, which here nobody touches. Invariant: an expert's rows stand in the order of their entries, so the
-arrangement does not depend on the launch.
+that are elsewhere, which here nobody touches. Chunks of entries are counted, one sum over them tells where each chunk's
+rows of an expert begin, and rows are copied there. Invariant: an expert's rows stand in the order of their entries, so
+the arrangement does not depend on the launch.
 
-Shape letters: N received rows, K experts per token, D hidden, E experts, e local experts, M sorted rows.
+Shape letters: N received rows, K experts per token, D hidden, E experts, e local experts, M sorted rows, C chunks.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from argosy.kernels.triton.arrange_chunks import CHUNK, arrange_chunks, choose_table, count_chunks
 from argosy.kernels.triton.arrange_few_rows import MAX_ENTRIES, arrange_few_rows
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
@@ -19,9 +21,8 @@ from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_f
 # blocks of 2,048, and ids read one by one, took 9.4 for rows twice as wide. No other sizes were tried.
 WHOLE_BLOCK, WHOLE_WARPS = 2048, 4
 SHARE_BLOCK, SHARE_WARPS = 8192, 4
-# Entries that one program of the count reads at once, and its warps: for a decode step, and for more.
-FEW_ENTRIES, FEW_WARPS = 1024, 4
-MANY_ENTRIES, MANY_WARPS = 8192, 32
+# Of one expert's sums: numbers of all experts, and chunks of its own, that a program reads at once, and its warps.
+SUM_BLOCK, SUM_CHUNKS, SUM_WARPS = 8192, 1024, 8
 
 
 def arrange_sorted(
@@ -60,11 +61,12 @@ def arrange_padded(
     x: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``arrange_sorted`` -> rows [e, N, D], padding 0, counts [e] int32, row_ids [N, K] int64 over e * N."""
-    counts, _, places = _count_entries(topk_ids, expert_map, num_local_experts)
     capacity = x.shape[0]
-    starts = torch.arange(0, num_local_experts, dtype=torch.int32, device=x.device) * capacity
+    places, table = count_chunks(topk_ids, expert_map, num_local_experts)
+    counts, starts = _sum_chunks(table, num_local_experts, capacity)
     rows = x.new_zeros(num_local_experts, capacity, x.shape[1])
-    return rows, counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts)
+    is_share = num_local_experts < expert_map.shape[0] - 1
+    return rows, counts, _copy_rows(x, places, starts, rows, is_share=is_share)
 
 
 def _arrange(
@@ -75,88 +77,85 @@ def _arrange(
     num_local_experts: int,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes ``rows``, and of ``scales`` the second from the first -> counts, row_ids: few entries in one launch."""
-    if 0 < topk_ids.numel() <= MAX_ENTRIES:
+    """Writes ``rows``, and of ``scales`` the second from the first -> counts, row_ids. Few entries take one launch, and
+    a decode step's of a share of the experts no program that reads all ids."""
+    num_entries = topk_ids.numel()
+    if 0 < num_entries <= MAX_ENTRIES:
         x, rows = _as_numbers(x), _as_numbers(rows)
         return arrange_few_rows(x, topk_ids, expert_map, rows, num_local_experts, scales)
-    counts, starts, places = _count_entries(topk_ids, expert_map, num_local_experts)
-    return counts, _copy_rows(x, topk_ids, expert_map, starts, places, rows, num_local_experts, scales)
+    table_size = choose_table(num_entries, num_local_experts, expert_map.shape[0] - 1)
+    if table_size is not None and num_entries > 0:
+        x, rows = _as_numbers(x), _as_numbers(rows)
+        return arrange_chunks(x, topk_ids, expert_map, rows, num_local_experts, table_size, scales)
+    places, table = count_chunks(topk_ids, expert_map, num_local_experts)
+    counts, starts = _sum_chunks(table, num_local_experts)
+    is_share = num_local_experts < expert_map.shape[0] - 1
+    return counts, _copy_rows(x, places, starts, rows, scales, is_share=is_share)
 
 
-def _count_entries(
-    topk_ids: torch.Tensor, expert_map: torch.Tensor, num_local_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> entries of each local expert [e], entries of those before it [e], an entry's place in its expert [N, K].
-
-    Places of entries that are elsewhere are not written.
-    """
-    num_entries = topk_ids.numel()
-    counts, starts = topk_ids.new_empty(2, num_local_experts).unbind(0)
-    places = topk_ids.new_empty(topk_ids.shape)
-    is_few = num_entries <= FEW_ENTRIES
-    _count_entries_kernel[(num_local_experts,)](
-        topk_ids,
-        expert_map,
+def _sum_chunks(
+    table: torch.Tensor, num_local_experts: int, capacity: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``table: [C, e rounded up]`` uint8 -> entries of each local expert [e], the row of a chunk's first entry of each
+    expert [C, e rounded up] int32; with a capacity, an expert has that many rows."""
+    num_chunks, num_columns = table.shape
+    counts = table.new_empty(num_local_experts, dtype=torch.int32)
+    starts = table.new_empty(table.shape, dtype=torch.int32)
+    _sum_chunks_kernel[(num_local_experts,)](
+        table,
         counts,
         starts,
-        places,
-        num_entries,
-        expert_map.shape[0] - 1,
-        topk_ids.stride(0),
-        topk_ids.stride(1),
-        NUM_IDS=topk_ids.shape[1],
-        BLOCK=FEW_ENTRIES if is_few else MANY_ENTRIES,
-        num_warps=FEW_WARPS if is_few else MANY_WARPS,
+        num_chunks,
+        capacity or 0,
+        EXPERTS=num_columns,
+        IS_PADDED=capacity is not None,
+        BLOCK=max(SUM_BLOCK, num_columns),
+        CHUNKS=SUM_CHUNKS,
+        num_warps=SUM_WARPS,
         launch_pdl=IS_ON,
     )
-    return counts, starts, places
+    return counts, starts
 
 
 def _copy_rows(
     x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor,
-    starts: torch.Tensor,
     places: torch.Tensor,
+    starts: torch.Tensor,
     rows: torch.Tensor,
-    num_local_experts: int,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    is_share: bool,
 ) -> torch.Tensor:
     """Writes ``rows``, and of ``scales`` the second from the first -> row_ids [N, K] int64."""
-    row_ids = topk_ids.new_empty(topk_ids.shape, dtype=torch.int64)
-    if topk_ids.shape[0] == 0:
+    row_ids = places.new_empty(places.shape, dtype=torch.int64)
+    if places.shape[0] == 0:
         return row_ids
-    is_share = num_local_experts < expert_map.shape[0] - 1
     block = min(SHARE_BLOCK, triton.next_power_of_2(x.shape[1])) if is_share else WHOLE_BLOCK
     num_blocks = triton.cdiv(x.shape[1], block)
     num_scales = scales[0].shape[1] if scales else 0
     scale, row_scale = scales or (x, rows)  # a launch needs pointers
     _copy_rows_kernel[(x.shape[0] * num_blocks,)](
         _as_numbers(x),
-        topk_ids,
-        expert_map,
-        starts,
         places,
+        starts,
         _as_numbers(rows),
         row_ids,
         _as_numbers(scale),
         _as_numbers(row_scale),
         x.shape[1],
-        expert_map.shape[0] - 1,
-        num_local_experts,
         x.stride(0),
-        topk_ids.stride(0),
-        topk_ids.stride(1),
         scale.stride(0),
         scale.stride(1),
         row_scale.stride(0),
         row_scale.stride(1),
-        NUM_IDS=topk_ids.shape[1],
-        BLOCK_IDS=triton.next_power_of_2(topk_ids.shape[1]),
+        NUM_IDS=places.shape[1],
+        BLOCK_IDS=triton.next_power_of_2(places.shape[1]),
         NUM_SCALES=num_scales,
         BLOCK_SCALES=triton.next_power_of_2(max(1, num_scales)),
         NUM_BLOCKS=num_blocks,
         BLOCK=block,
+        CHUNK_ENTRIES=CHUNK,
+        EXPERTS=starts.shape[1],
         IS_SHARE=is_share,
         num_warps=SHARE_WARPS if is_share else WHOLE_WARPS,
         launch_pdl=IS_ON,
@@ -169,58 +168,54 @@ def _as_numbers(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int8) if x.element_size() == 1 else x
 
 
-@triton.jit(do_not_specialize=["num_entries"])
-def _count_entries_kernel(
-    topk_ids,
-    expert_map,
+@triton.jit(do_not_specialize=["num_chunks", "capacity"])
+def _sum_chunks_kernel(
+    table,
     counts,
     starts,
-    places,
-    num_entries,
-    num_experts,
-    id_stride,
-    id_column_stride,
-    NUM_IDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    num_chunks,
+    capacity,
+    EXPERTS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
+    IS_PADDED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    CHUNKS: tl.constexpr,  # noqa: N803
 ):
+    """One program a local expert: it adds what all chunks have of lower experts, then its own chunk by chunk."""
     let_next_start()
     wait_for_inputs()
-    """One program a local expert, which reads all entries: so it also knows how many stand before its own."""
     expert = tl.program_id(0)
+    if IS_PADDED:
+        start = expert * capacity
+    else:
+        spots = tl.arange(0, BLOCK)
+        num_before = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first in range(0, num_chunks, BLOCK // EXPERTS):
+            is_chunk = first + spots // EXPERTS < num_chunks
+            numbers = tl.load(table + first * EXPERTS + spots, mask=is_chunk, other=0)
+            num_before += tl.where(spots % EXPERTS < expert, numbers.to(tl.int32), 0)
+        start = tl.sum(num_before, axis=0)
     num_mine = tl.zeros((), dtype=tl.int32)
-    num_before = tl.zeros((), dtype=tl.int32)
-    for start in range(0, num_entries, BLOCK):
-        entries = start + tl.arange(0, BLOCK)
-        is_entry = entries < num_entries
-        rows = (entries // NUM_IDS).to(tl.int64)
-        ids = tl.load(topk_ids + rows * id_stride + (entries % NUM_IDS) * id_column_stride, mask=is_entry, other=-1)
-        local = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
-        is_mine = ((local == expert) & is_entry).to(tl.int32)
-        place = num_mine + tl.cumsum(is_mine, axis=0) - 1
-        tl.store(places + entries, place, mask=is_mine > 0)
-        num_mine += tl.sum(is_mine, axis=0)
-        num_before += tl.sum(((local < expert) & is_entry).to(tl.int32), axis=0)
+    for first in range(0, num_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)
+        is_chunk = chunks < num_chunks
+        numbers = tl.load(table + chunks * EXPERTS + expert, mask=is_chunk, other=0).to(tl.int32)
+        before = start + num_mine + tl.cumsum(numbers, axis=0) - numbers
+        tl.store(starts + chunks * EXPERTS + expert, before, mask=is_chunk)
+        num_mine += tl.sum(numbers, axis=0)
     tl.store(counts + expert, num_mine)
-    tl.store(starts + expert, num_before)
 
 
 @triton.jit(do_not_specialize=["scale_column_stride", "row_scale_column_stride"])
 def _copy_rows_kernel(
     x,
-    topk_ids,
-    expert_map,
-    starts,
     places,
+    starts,
     rows,
     row_ids,
     scale,
     row_scale,
     hidden_size,
-    num_experts,
-    num_local_experts,
     x_stride,
-    id_stride,
-    id_column_stride,
     scale_stride,
     scale_column_stride,
     row_scale_stride,
@@ -231,6 +226,8 @@ def _copy_rows_kernel(
     BLOCK_SCALES: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    CHUNK_ENTRIES: tl.constexpr,  # noqa: N803
+    EXPERTS: tl.constexpr,  # noqa: N803
     IS_SHARE: tl.constexpr,  # noqa: N803
 ):
     let_next_start()
@@ -241,21 +238,20 @@ def _copy_rows_kernel(
     is_column = columns < hidden_size
     slots = tl.arange(0, BLOCK_IDS)
     is_slot = slots < NUM_IDS
-    ids = tl.load(topk_ids + source * id_stride + slots * id_column_stride, mask=is_slot, other=-1)
-    local_ids = tl.load(expert_map + tl.where(ids < 0, num_experts, ids))
-    is_local = is_slot & (local_ids < num_local_experts)
+    entries = source * NUM_IDS + slots
+    place = tl.load(places + entries, mask=is_slot, other=-1)
+    is_local = place >= 0
     is_read = is_column
     if IS_SHARE:  # most rows have no expert here: finding that out takes a wait that whole ranks do without
-        is_read &= tl.max(is_local.to(tl.int32)) > 0
+        is_read &= tl.max(place) >= 0
     values = tl.load(x + source * x_stride + columns, mask=is_read, other=0)
     scale_columns = tl.arange(0, BLOCK_SCALES)
     is_scale = (scale_columns < NUM_SCALES) & (block == 0)
     if NUM_SCALES > 0:
         steps = tl.load(scale + source * scale_stride + scale_columns * scale_column_stride, mask=is_scale, other=0.0)
-    place = tl.load(places + source * NUM_IDS + slots, mask=is_local, other=0)
-    start = tl.load(starts + local_ids, mask=is_local, other=0)
-    row_of_slot = tl.where(is_local, start + place, -1)
-    tl.store(row_ids + source * NUM_IDS + slots, row_of_slot.to(tl.int64), mask=is_slot & (block == 0))
+    start = tl.load(starts + entries // CHUNK_ENTRIES * EXPERTS + place // 256, mask=is_local, other=0)
+    row_of_slot = tl.where(is_local, start + place % 256, -1)
+    tl.store(row_ids + entries, row_of_slot.to(tl.int64), mask=is_slot & (block == 0))
     if tl.max(row_of_slot) >= 0:
         for slot in tl.static_range(NUM_IDS):
             row = tl.max(tl.where(slots == slot, row_of_slot, -1)).to(tl.int64)
