@@ -7,6 +7,7 @@ shared memory, the copies that complete them, and warps with programs of their o
 Invariant: nothing of Triton is changed; the kernel's module is executed a second time, under a name of its own.
 """
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def load_interpreted(module_name: str, *beneath: str) -> SimpleNamespace:
     hopper.mbarrier = hopper.tma = language.partitions  # type: ignore[attr-defined]
     gluon = ModuleType("gluon")
     gluon.jit = language.jit  # type: ignore[attr-defined]
-    gluon.constexpr_function = lambda function: language.layout  # type: ignore[attr-defined] # it makes layouts
+    gluon.constexpr_function = _describe_dtypes  # type: ignore[attr-defined]
     gluon.language = gl  # type: ignore[attr-defined]
     fakes = {"triton": ModuleType("triton"), "triton.experimental": ModuleType("experimental")}
     fakes["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
@@ -51,6 +52,22 @@ def load_interpreted(module_name: str, *beneath: str) -> SimpleNamespace:
         for name in (f"{LAUNCHES}_gluon", *beneath):
             sys.modules[name] = _execute(name)
         return SimpleNamespace(**vars(_execute(module_name)))
+
+
+def _describe_dtypes(function: Callable[..., object]) -> Callable[..., object]:
+    """What is computed at compile time sees of a dtype its width."""
+
+    def compute(*arguments: object) -> object:
+        return function(
+            *(
+                SimpleNamespace(primitive_bitwidth=8 * argument.itemsize)
+                if isinstance(argument, torch.dtype)
+                else argument
+                for argument in arguments
+            )
+        )
+
+    return compute
 
 
 def _execute(module_name: str) -> ModuleType:
@@ -119,6 +136,15 @@ class _Pointer:
 
 
 @dataclass
+class _Padded:
+    """``padding`` numbers behind each ``interval``; the place in the tensor that each bit of an offset adds."""
+
+    interval: int
+    padding: int
+    offset_bases: list[list[int]]
+
+
+@dataclass
 class _Shared:
     values: torch.Tensor
 
@@ -138,6 +164,20 @@ class _Shared:
 
     def permute(self, order: Sequence[int]) -> "_Shared":
         return _Shared(self.values.permute(*order))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: "_Padded | None") -> "_Shared":
+        """From this part's first byte on; of padded numbers it is a copy, to load from."""
+        memory = torch.empty(0, dtype=torch.uint8).set_(self.values.untyped_storage())
+        memory = memory[self.values.storage_offset() * self.values.element_size() :]
+        if layout is None:
+            return _Shared(memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        values = torch.empty(*shape, dtype.itemsize, dtype=torch.uint8)
+        for offset in range(math.prod(shape)):
+            bits = [base for bit, base in enumerate(layout.offset_bases) if offset >> bit & 1]
+            place = tuple(map(sum, zip(*bits, strict=True))) if bits else (0,) * len(shape)
+            start = (offset + offset // layout.interval * layout.padding) * dtype.itemsize
+            values[place] = memory[start : start + dtype.itemsize]
+        return _Shared(values.view(dtype).view(shape))
 
     def load(self, layout: None) -> torch.Tensor:
         return self.values.clone()
@@ -166,9 +206,9 @@ class _Language:
     program: int = 0
     programs: int = 1
     partitions: Partitions = field(default_factory=Partitions)
-    # Of a thread: begun and not committed, committed and not waited for.
+    # Of a thread: begun and not committed; groups of those that are committed and not waited for.
     copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
-    committed: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    committed: dict[int, list[list[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=dict)
     products: dict[int, list[_Product]] = field(default_factory=dict)  # of a thread: begun and not waited for
 
     def start(self, program: int, programs: int) -> None:
@@ -191,6 +231,12 @@ class _Language:
 
     BlockedLayout = SliceLayout = NVMMASharedLayout = NVMMADistributedLayout = DistributedLinearLayout = layout
     DotOperandLayout = SwizzledSharedLayout = layout
+
+    def PaddedSharedLayout(  # noqa: N802 - as Gluon calls it
+        self, intervals: list[list[int]], offset_bases: list[list[int]], _blocks: list, _shape: list[int]
+    ) -> _Padded:
+        (interval,) = intervals
+        return _Padded(*interval, offset_bases)
 
     def program_id(self, axis: int) -> torch.Tensor:
         assert axis == 0
@@ -252,6 +298,14 @@ class _Language:
     def min(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         return x.amin(axis)
 
+    def associative_scan(
+        self, x: torch.Tensor, axis: int, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        parts = list(x.unbind(axis))
+        for i in range(1, len(parts)):
+            parts[i] = combine(parts[i - 1], parts[i])
+        return torch.stack(parts, axis)
+
     abs = staticmethod(torch.abs)
     div_rn = staticmethod(torch.div)
 
@@ -296,20 +350,22 @@ class _Language:
         spoil(shared.values)
         return shared
 
-    def async_copy_global_to_shared(self, shared: _Shared, pointer: _Pointer, mask: torch.Tensor) -> None:
+    def async_copy_global_to_shared(self, shared: _Shared, pointer: _Pointer, mask: torch.Tensor | bool = True) -> None:
         values = self.load(pointer, mask, 0.0)
         assert values.shape == shared.values.shape
-        shared.values.fill_(float("nan"))
+        spoil(shared.values)
         self.copies.setdefault(threading.get_ident(), []).append((shared.values, values))
 
     def commit_group(self) -> None:
         copies = self.copies.pop(threading.get_ident(), [])
-        self.committed.setdefault(threading.get_ident(), []).extend(copies)
+        self.committed.setdefault(threading.get_ident(), []).append(copies)
 
     def wait_group(self, num_outstanding: int) -> None:
-        assert num_outstanding == 0
-        for target, values in self.committed.pop(threading.get_ident(), []):
-            target.copy_(values)
+        """Of the groups of copies all are done but the last ones."""
+        groups = self.committed.get(threading.get_ident(), [])
+        while len(groups) > num_outstanding:
+            for target, values in groups.pop(0):
+                target.copy_(values)
 
     def fence_async_shared(self) -> None:
         """Nothing to do: see the module's first lines."""

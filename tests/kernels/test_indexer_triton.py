@@ -60,20 +60,22 @@ VISIBLE = (
 BLOCK_SIZE = 16 if IS_INTERPRETED else 64
 
 
-def draw(visible: tuple[tuple[int, ...], ...], dtype: torch.dtype, dim: int = DIM) -> tuple[torch.Tensor, ...]:
+def draw(
+    visible: tuple[tuple[int, ...], ...], dtype: torch.dtype, dim: int = DIM, block_size: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, ...]:
     """index_q, index_k [blocks, block_size, I], weights, a table wider than needed, num_visible, the longest length.
 
     Block 0 is what padded rows name; what is behind the visible keys is NaN.
     """
     torch.manual_seed(0)
     batch, num_tokens, longest = len(visible), len(visible[0]), max(map(max, visible))
-    num_blocks = -(-longest // BLOCK_SIZE)
+    num_blocks = -(-longest // block_size)
     table = torch.zeros(batch, num_blocks + 3, dtype=torch.int32)
     table[:, :num_blocks] = torch.randperm(batch * num_blocks).view(batch, num_blocks) + 1
-    cache = torch.randn(batch * num_blocks + 1, BLOCK_SIZE, dim)
+    cache = torch.randn(batch * num_blocks + 1, block_size, dim)
     for request, counts in enumerate(visible):
-        if (last := max(counts)) < num_blocks * BLOCK_SIZE:
-            cache[table[request, last // BLOCK_SIZE], last % BLOCK_SIZE :] = float("nan")
+        if (last := max(counts)) < num_blocks * block_size:
+            cache[table[request, last // block_size], last % block_size :] = float("nan")
     index_q = torch.randn(batch, num_tokens, HEADS, dim)
     weights = torch.randn(batch, num_tokens, HEADS) * (HEADS * dim) ** -0.5
     num_visible = torch.tensor(visible, dtype=torch.int32)

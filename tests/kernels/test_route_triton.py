@@ -199,6 +199,18 @@ def test_far_scores_keep_their_precision(route: ModuleType) -> None:
     assert torch.allclose(topk_weights.double(), expected, rtol=4e-6, atol=0.0)
 
 
+def test_very_far_scores_are_numbers_and_broken_ones_are_not(route: ModuleType) -> None:
+    logits = torch.tensor([[-300.0, -100.0, 100.0, 300.0], [float("nan")] * 4], device=DEVICE)
+    options = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+    bias = -2 * torch.arange(4.0, device=DEVICE)
+    topk_ids, topk_weights = route.route_grouped_topk(logits[:1], bias, num_experts_per_tok=4, **options)
+    assert topk_ids.tolist() == [[0, 1, 2, 3]]
+    assert torch.allclose(topk_weights, torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=DEVICE), atol=1e-37)
+    options["norm_topk_prob"] = True
+    _, topk_weights = route.route_grouped_topk(logits[1:], bias, num_experts_per_tok=2, **options)
+    assert not topk_weights.isfinite().any()
+
+
 @pytest.mark.parametrize("num_tokens", (0, 3) if IS_INTERPRETED else (0, 1, 64, 128, 129, 1000, 4096))
 def test_hidden_states_are_routed_as_their_logits(route: ModuleType, linear: ModuleType, num_tokens: int) -> None:
     torch.manual_seed(num_tokens)
@@ -215,3 +227,30 @@ def test_hidden_states_are_routed_as_their_logits(route: ModuleType, linear: Mod
         return
     expected_ids, expected_weights = route.route_grouped_topk(multiply(linear, x, weight), bias, **options)
     assert torch.equal(topk_ids, expected_ids) and torch.equal(topk_weights, expected_weights)
+
+
+@pytest.mark.parametrize("num_tokens", (1, 5))
+def test_a_rehearsal_changes_nothing(
+    route: ModuleType, linear: ModuleType, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 520, device=DEVICE).to(X_DTYPE)
+    weight, bias = torch.randn(64, 520, device=DEVICE) * 0.05, torch.randn(64, device=DEVICE) * 0.1
+    options = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}
+    options |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    results = []
+    for first_turn in (0, 1):
+        for module in (linear, route):
+            monkeypatch.setattr(module, "FIRST_TURN", first_turn)
+        parts = linear.multiply_parts(x, weight)
+        results.append((parts, *route.route_parts(parts, bias, **options)))
+    for rehearsed, plain in zip(*results, strict=True):
+        assert torch.equal(rehearsed, plain)
+
+
+def test_weights_are_split_without_loss(linear: ModuleType) -> None:
+    """Whatever their size and sign: one column of 1 gives every weight back."""
+    torch.manual_seed(5)
+    weight = torch.randn(64, 256, device=DEVICE) * 10.0 ** torch.randint(-20, 20, (64, 256), device=DEVICE)
+    x = torch.eye(256, device=DEVICE)[:33].to(X_DTYPE)
+    assert torch.equal(linear.multiply_parts(x, weight).sum(dim=0), weight.t()[:33])

@@ -2,8 +2,9 @@
 
 Keys take the tensor instruction's long side and the heads of one token its other one, so that the sum over heads stays
 within four threads. Few tokens: programs share all tiles of visible keys evenly, and a program keeps a token's query.
-Many tokens: a program keeps a tile of keys, and queries stream past it; on Hopper cards that is done by
-``index_scores_hopper.py``. Invariant: what the host does not know, how many keys are visible, decides how much is done.
+Many tokens: a program keeps a tile of keys, and queries stream past it. On Hopper cards the one is done by
+``index_scores_few_hopper.py``, the other by ``index_scores_hopper.py``.
+Invariant: what the host does not know, how many keys are visible, decides how much is done.
 
 Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, S keys of one sequence.
 """
@@ -21,6 +22,7 @@ from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
 from argosy.kernels.triton import index_scores_hopper
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+from argosy.kernels.triton.index_scores_few_hopper import FEW_KEYS, WHOLE_BYTES, launch_few_on_hopper
 from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
 from argosy.kernels.triton.quantize import ROUNDER
 
@@ -44,6 +46,9 @@ class Tile:
     programs: int = 0
     is_hopper: bool = False  # the loop that is written out by hand
     turn_tokens: int = 8  # of that loop's turn
+    is_fenced: bool = True  # for few tokens: what is copied is fenced off before it is multiplied
+    is_whole: bool = False  # for few tokens: encoded rows of 132 bytes are copied with their scales, as they lie
+    is_fetched: bool = False  # for few tokens: the block table is asked for while the kernel before this one ends
 
 
 # By the bytes of a number: for few tokens, then for many. Not measured yet: what fits without spilling, thrice and
@@ -66,6 +71,11 @@ HOPPER = 90  # what the driver calls it
 HOPPER_TILES = {
     1: Tile(256, 128, 8, 4, is_hopper=True),
     2: Tile(256, 128, 6, 4, is_hopper=True),
+}
+# In place of those for few tokens there. Not measured yet: as many bytes under way as shared memory has room for.
+FEW_HOPPER_TILES = {
+    1: Tile(64, 1, 5, 4, 4, is_hopper=True, is_whole=True),
+    2: Tile(64, 1, 5, 4, 2, is_hopper=True),
 }
 HOPPER_MAX_HEADS = 64  # products of two tokens and a tile's keys stay in registers
 HOPPER_KEY_BYTES = (128, 256)  # whole rows of shared memory, as it is swizzled; in registers too
@@ -140,15 +150,15 @@ def quantize_queries(
     return query, weights
 
 
-def choose_tile(query: torch.Tensor, *, is_few: bool) -> Tile:
+def choose_tile(query: torch.Tensor, block_size: int, *, is_few: bool) -> Tile:
     """``query: [B, T, J, I]``, in the numbers that are multiplied."""
     heads, dim = query.shape[2:]
-    has_room = heads <= HOPPER_MAX_HEADS and dim * query.element_size() in HOPPER_KEY_BYTES
+    number_bytes = query.element_size()
+    has_room = heads <= HOPPER_MAX_HEADS and dim * number_bytes in HOPPER_KEY_BYTES
+    is_hopper = number_bytes in HOPPER_TILES and has_room and query.is_cuda and capability() == HOPPER
     if is_few:
-        return FEW_TILES[query.element_size()]
-    if query.element_size() in HOPPER_TILES and has_room and query.is_cuda and capability() == HOPPER:
-        return HOPPER_TILES[query.element_size()]
-    return MANY_TILES[query.element_size()]
+        return (FEW_HOPPER_TILES if is_hopper and block_size % FEW_KEYS == 0 else FEW_TILES)[number_bytes]
+    return (HOPPER_TILES if is_hopper else MANY_TILES)[number_bytes]
 
 
 def takes(index_q: torch.Tensor) -> bool:
@@ -169,8 +179,8 @@ def _score(
     batch, num_tokens, heads, dim = query.shape
     num_rows = batch * num_tokens
     is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
-    tile = tile or choose_tile(query, is_few=is_few)
-    row_multiple = tile.block_keys if tile.is_hopper else ROW_MULTIPLE
+    tile = tile or choose_tile(query, keys.shape[1], is_few=is_few)
+    row_multiple = ROW_MULTIPLE if is_few or not tile.is_hopper else tile.block_keys
     padded = triton.cdiv(max_seq_len, row_multiple) * row_multiple
     out = torch.empty(batch, num_tokens, padded, dtype=torch.float32, device=query.device)
     scores = out[:, :, :max_seq_len]
@@ -192,10 +202,24 @@ def _score(
         "launch_pdl": IS_ON,
     }
     query = query.contiguous()
-    if is_few and not tile.is_hopper:
-        num_programs = INTERPRETED_PROGRAMS
-        if query.is_cuda:
-            num_programs = tile.programs * count_multiprocessors(query.device.index)
+    num_programs = INTERPRETED_PROGRAMS
+    if query.is_cuda:
+        num_programs = tile.programs * count_multiprocessors(query.device.index)
+    if is_few and tile.is_hopper:
+        assert tile.programs > 0 and tile.block_keys == FEW_KEYS, tile
+        launch_few_on_hopper(
+            query,
+            *inputs,
+            out,
+            max_seq_len,
+            has_scales=scales is not None,
+            num_programs=num_programs,
+            num_stages=tile.num_stages,
+            is_fenced=tile.is_fenced,
+            is_whole=tile.is_whole and keys.shape[2] * keys.element_size() == WHOLE_BYTES,
+            is_fetched=tile.is_fetched,
+        )
+    elif is_few:
         _score_keys_kernel[(num_programs,)](
             query, *inputs, out, *lengths, NUM_ROWS=max(MIN_ROWS, triton.next_power_of_2(num_rows)), **constants
         )

@@ -1,10 +1,10 @@
 """Linears with float32 results on the bfloat16 tensor instruction: the head, the router, the index weights.
 
 A float32 weight is split on the way into three bfloat16 parts, whose sum it is exactly: three products replace one of
-a sixteenth of their speed. Weights take the instruction's long side. Few tokens leave few tiles, so K is split over
-programs, and what each made is added in the order of K by a second kernel, ``sum_parts``. Invariant: a token's result
-depends on the token, the weight and its tile's ``split_k`` alone: all tokens of an entry below get the same order of
-sums.
+a sixteenth of their speed. Weights take the instruction's long side, but not with few tokens, for which they are split
+before the tokens are there. Few tokens leave few tiles, so K is split over programs, and what each made is added in the
+order of K by a second kernel, ``sum_parts``. Invariant: a token's result depends on the token, the weight and its
+tile's ``split_k`` alone: all tokens of an entry below get the same order of sums.
 
 Shape letters: T tokens, n in_features, m out_features, S parts of K.
 """
@@ -17,9 +17,19 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from argosy.kernels.triton.dependent_launch import IS_ON, LINE_BYTES, fetch_lines, let_next_start, wait_for_inputs
+from argosy.kernels.triton.dependent_launch import (
+    FIRST_TURN,
+    IS_ON,
+    LAST_TURN,
+    LINE_BYTES,
+    NUM_TURNS,
+    fetch_lines,
+    let_next_start,
+    wait_for_inputs,
+)
 
 ALIGNMENT_BYTES = 16  # of addresses and rows, which the card's tile loads ask for
+UPPER_HALF: tl.constexpr = tl.constexpr(-65536)  # of 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +45,11 @@ class Tile:
 
 
 # By the number of tokens, the first entry that is not below it. Not measured yet: from the bytes that an H200's memory
-# and second-level cache move. Up to 128 tokens split_k is the same, so a decode batch's size changes no token's sums;
-# above 8192 there are tiles enough, and no parts to keep.
+# and second-level cache move. Up to 128 tokens, whose tiles take their part of K in one step, split_k is the same, so a
+# decode batch's size changes no token's sums; above 8192 there are tiles enough, and no parts to keep.
 FEW_TOKENS_TILES = (
-    (16, Tile(64, 16, 64, 256, 5, 4)),
-    (32, Tile(64, 32, 64, 256, 5, 4)),
-    (64, Tile(64, 64, 64, 256, 5, 4)),
-    (128, Tile(64, 128, 64, 256, 4, 4)),
+    (64, Tile(64, 64, 256, 256, 1, 4)),
+    (128, Tile(64, 128, 256, 256, 1, 8)),
 )
 ROUTER_TILES = (
     *FEW_TOKENS_TILES,
@@ -86,6 +94,8 @@ def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = No
     num_tokens, in_features = x.shape
     out_features = weight.shape[0]
     tile = tile or choose_tile(num_tokens, out_features, weight.dtype)
+    if weight.dtype == torch.float32 and tile.block_k == tile.split_k:
+        return _multiply_few(x, weight, tile)
     split_k = tile.split_k or in_features
     num_parts = triton.cdiv(in_features, split_k)
     parts = torch.empty(num_parts, num_tokens, out_features, dtype=torch.float32, device=x.device)
@@ -108,6 +118,33 @@ def multiply_parts(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = No
         BLOCK_TOKENS=tile.block_tokens,
         BLOCK_K=tile.block_k,
         IS_SPLIT=weight.dtype == torch.float32,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        launch_pdl=IS_ON,
+    )
+    return parts
+
+
+def _multiply_few(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """``multiply_parts`` for a tile that takes its part of K in one step, by a float32 ``weight``."""
+    num_tokens, in_features = x.shape
+    out_features = weight.shape[0]
+    num_parts = triton.cdiv(in_features, tile.block_k)
+    parts = torch.empty(num_parts, num_tokens, out_features, dtype=torch.float32, device=x.device)
+    num_tiles = triton.cdiv(out_features, tile.block_out) * triton.cdiv(num_tokens, tile.block_tokens)
+    _few_tokens_kernel[(num_tiles, num_parts)](
+        x,
+        weight,
+        parts,
+        num_tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        weight.stride(0),
+        FIRST_TURN,
+        BLOCK_OUT=tile.block_out,
+        BLOCK_TOKENS=tile.block_tokens,
+        BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=IS_ON,
@@ -156,16 +193,12 @@ def _linear_kernel(
         tokens = x_tiles.load([token, k]).T
         weights = weight_tiles.load([feature, k])
         if IS_SPLIT:
-            # NOTE(numerics): 24 bits are three times 8, so nothing of the weight is lost.
-            high = weights.to(tl.bfloat16)
-            rest = weights - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            high, middle, low = _split_in_three(weights, tokens.dtype)
             # From zero, then into the total: ptxas lets products of a chain through a loop not overlap.
             product = tl.zeros_like(total)
-            product = tl.dot(low.to(tokens.dtype), tokens, product, input_precision="ieee")
-            product = tl.dot(middle.to(tokens.dtype), tokens, product, input_precision="ieee")
-            product = tl.dot(high.to(tokens.dtype), tokens, product, input_precision="ieee")
+            product = tl.dot(low, tokens, product, input_precision="ieee")
+            product = tl.dot(middle, tokens, product, input_precision="ieee")
+            product = tl.dot(high, tokens, product, input_precision="ieee")
             total += product
         else:
             total = tl.dot(weights, tokens, total, input_precision="ieee")
@@ -174,3 +207,66 @@ def _linear_kernel(
     places = (part.to(tl.int64) * num_tokens + rows[:, None]) * out_features + features[None, :]
     is_inside = (rows[:, None] < num_tokens) & (features[None, :] < out_features)
     tl.store(parts + places, tl.trans(total), mask=is_inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_turn"])
+def _few_tokens_kernel(
+    x,
+    weight,
+    parts,
+    num_tokens,
+    out_features,
+    in_features,
+    x_stride,
+    weight_stride,
+    first_turn,
+    BLOCK_OUT: tl.constexpr,  # noqa: N803
+    BLOCK_TOKENS: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+):
+    """A part of K in one step: its weights are split and in shared memory before the tokens are there.
+
+    The first of two turns is a rehearsal, of no tokens.
+    """
+    let_next_start()
+    out_tiles = tl.cdiv(out_features, BLOCK_OUT)
+    features = (tl.program_id(0) % out_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    rows = (tl.program_id(0) // out_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    part = tl.program_id(1)
+    columns = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    is_column = columns < in_features
+    is_weight = (features < out_features)[:, None] & is_column[None, :]
+    places = features[:, None].to(tl.int64) * weight_stride + columns[None, :]
+    high, middle, low = _split_in_three(tl.load(weight + places, mask=is_weight, other=0.0), x.dtype.element_ty)
+    for turn in tl.range(first_turn, NUM_TURNS, num_stages=1):
+        if turn == LAST_TURN:
+            wait_for_inputs()
+        is_row = rows < tl.where(turn == LAST_TURN, num_tokens, 0)
+        sources = x + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
+        tokens = tl.load(sources, mask=is_row[:, None] & is_column[None, :], other=0.0)
+        total = tl.dot(tokens, low.T, input_precision="ieee")
+        total = tl.dot(tokens, middle.T, total, input_precision="ieee")
+        total = tl.dot(tokens, high.T, total, input_precision="ieee")
+        targets = parts + (part.to(tl.int64) * num_tokens + rows[:, None]) * out_features + features[None, :]
+        tl.store(targets, total, mask=is_row[:, None] & (features < out_features)[None, :])
+
+
+@triton.jit
+def _split_in_three(values, dtype: tl.constexpr):
+    """float32 -> three bfloat16 whose sum it is, as ``dtype``: its first eight bits, the next, and the last."""
+    # NOTE(numerics): 24 bits are three times 8, so nothing of the weight is lost. Cut, not rounded: a conversion takes
+    # the card several times as long as a mask.
+    high = (values.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+    rest = values - high
+    middle = (rest.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+    return (
+        _take_upper_half(high).to(dtype),
+        _take_upper_half(middle).to(dtype),
+        _take_upper_half(rest - middle).to(dtype),
+    )
+
+
+@triton.jit
+def _take_upper_half(values):
+    """float32 whose lower 16 bits are 0 -> bfloat16."""
+    return (values.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

@@ -1,4 +1,11 @@
-from argosy.kernels.triton.index_scores import FEW_TILES, HOPPER_TILES, MANY_TILES, MIN_ROWS, QUANTIZED_ROWS
+from argosy.kernels.triton.index_scores import (
+    FEW_HOPPER_TILES,
+    FEW_TILES,
+    HOPPER_TILES,
+    MANY_TILES,
+    MIN_ROWS,
+    QUANTIZED_ROWS,
+)
 from tests.helpers.compiled import SM_90, Kernel
 
 HEADS, DIM, BLOCK_SIZE = 64, 128, 64
@@ -104,3 +111,29 @@ def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
     options = {"num_warps": kernel.num_warps}
     compiled = triton.compile(source, target=GPUTarget("cuda", SM_90, 32), options=options)
     return compiled.asm["ptx"], compiled.metadata.shared
+
+
+def score_few_on_hopper(number: str, product: str, num_bytes: int, *, is_whole: bool) -> Kernel:
+    tile = FEW_HOPPER_TILES[num_bytes]
+    has_scales = num_bytes == 1
+    width = "0x10" if is_whole or not has_scales else "0x4"
+    return Kernel(
+        "index_scores_few_hopper.score_few_on_hopper",
+        {"query": f"*{number}", "keys": f"*{number}", "scales": "*fp32" if has_scales else f"*{number}"}
+        | {"weights": "*fp32", "block_table": "*i32", "num_visible": "*i32", "out": "*fp32"}
+        | LENGTHS,
+        {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if has_scales else DIM, "HAS_SCALES": has_scales}
+        | {"NUMBER_BYTES": num_bytes, "HEADS": HEADS, "DIM": DIM, "NUM_ROWS": 128, "NUM_STAGES": tile.num_stages}
+        | {"IS_FENCED": tile.is_fenced, "IS_WHOLE": is_whole, "IS_FETCHED": tile.is_fetched},
+        num_warps=tile.num_warps,
+        instructions=("wgmma.mma_async.sync.aligned.m64n64", product, f", {width}, {width};"),
+        label=f"{number}{' whole' * is_whole}",
+    )
+
+
+# Gluon's too, without descriptors.
+FEW_HOPPER_KERNELS = tuple(
+    score_few_on_hopper(*numbers, is_whole=is_whole)
+    for numbers in FORMATS
+    for is_whole in ((False, True) if numbers[2] == 1 else (False,))
+)
