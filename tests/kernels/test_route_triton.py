@@ -229,25 +229,6 @@ def test_hidden_states_are_routed_as_their_logits(route: ModuleType, linear: Mod
     assert torch.equal(topk_ids, expected_ids) and torch.equal(topk_weights, expected_weights)
 
 
-@pytest.mark.parametrize("num_tokens", (1, 5))
-def test_a_rehearsal_changes_nothing(
-    route: ModuleType, linear: ModuleType, monkeypatch: pytest.MonkeyPatch, num_tokens: int
-) -> None:
-    torch.manual_seed(num_tokens)
-    x = torch.randn(num_tokens, 520, device=DEVICE).to(X_DTYPE)
-    weight, bias = torch.randn(64, 520, device=DEVICE) * 0.05, torch.randn(64, device=DEVICE) * 0.1
-    options = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}
-    options |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
-    results = []
-    for first_turn in (0, 1):
-        for module in (linear, route):
-            monkeypatch.setattr(module, "FIRST_TURN", first_turn)
-        parts = linear.multiply_parts(x, weight)
-        results.append((parts, *route.route_parts(parts, bias, **options)))
-    for rehearsed, plain in zip(*results, strict=True):
-        assert torch.equal(rehearsed, plain)
-
-
 def test_weights_are_split_without_loss(linear: ModuleType) -> None:
     """Whatever their size and sign: one column of 1 gives every weight back."""
     torch.manual_seed(5)

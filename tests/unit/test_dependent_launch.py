@@ -62,17 +62,6 @@ def find_early_accesses(statements: list[ast.stmt]) -> set[str]:
     return found
 
 
-def find_rehearsed(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The body with the loop of a rehearsal replaced by its turn, where ``if turn == LAST_TURN`` is no branch."""
-    loops = [statement for statement in body if isinstance(statement, ast.For)]
-    if not loops or not ast.unparse(loops[0].iter).startswith("tl.range(first_turn, NUM_TURNS"):
-        return body
-    first, *others = loops[0].body
-    assert ast.unparse(first) == "if turn == LAST_TURN:\n    wait_for_inputs()", "a turn begins with the wait"
-    assert isinstance(first, ast.If) and body[-1] is loops[0], "nothing comes behind the last turn"
-    return [*body[:-1], *first.body, *others]
-
-
 LAUNCHED = [
     (path.stem, name) for path in MODULES for name in sorted(find_launched(ast.parse(path.read_text(encoding="utf-8"))))
 ]
@@ -83,7 +72,7 @@ def test_kernel_waits_before_it_touches_memory(module: str, name: str) -> None:
     tree = ast.parse(next(path for path in MODULES if path.stem == module).read_text(encoding="utf-8"))
     origin = find_origin(tree, name)
     functions = find_functions(ast.parse(origin.read_text(encoding="utf-8")) if origin else tree)
-    body = find_rehearsed(functions[name].body)
+    body = functions[name].body
     waits = [i for i, statement in enumerate(body) if is_call_of(statement, "wait_for_inputs")]
     assert len(waits) == 1, "wait_for_inputs() must stand once in the kernel's body, in no branch"
     assert not find_early_accesses(body[: waits[0]])

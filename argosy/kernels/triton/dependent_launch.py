@@ -7,10 +7,6 @@ has ended, so has every kernel before it, and the one behind it may rely on all 
 otherwise, such as torch's, starts when the one before it has ended, whatever that allowed. Recordings keep such
 launches. Invariant: with ``IS_ON`` False nothing here is compiled into anything; the interpreter knows no such
 launches.
-
-A kernel that runs each instruction once waits for memory to bring them, longer than they take. It may rehearse, in a
-loop ``for turn in tl.range(first_turn, NUM_TURNS)`` that begins with the wait ``if turn == LAST_TURN``: the turn before
-does the same on nothing while the kernel before is still at work. It reads constants only and writes nothing.
 """
 
 import triton
@@ -21,9 +17,6 @@ _IS_WANTED = True  # measured on one H200: 0.2 to 2 % of a decode step
 IS_ON = _IS_WANTED and not triton.knobs.runtime.interpret
 _IS_ON: tl.constexpr = tl.constexpr(IS_ON)
 LINE_BYTES: tl.constexpr = tl.constexpr(128)
-NUM_TURNS: tl.constexpr = tl.constexpr(2)
-LAST_TURN: tl.constexpr = tl.constexpr(1)
-FIRST_TURN = 0 if IS_ON else LAST_TURN.value  # of a kernel that rehearses
 
 
 @triton.jit

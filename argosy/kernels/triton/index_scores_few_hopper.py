@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+from argosy.kernels.triton.dependent_launch import IS_ON
+from argosy.kernels.triton.dependent_launch_gluon import let_next_start, wait_for_inputs
 
 FEW_KEYS = 64  # of a tile
 WHOLE_BYTES = 132  # of an encoded row that can be copied as it lies
@@ -27,8 +28,6 @@ WARPS = gl.constexpr(4)
 MIN_ROWS = 32  # one for each of a warp's threads
 LINE_WORDS = gl.constexpr(32)  # of a whole encoded row's numbers
 TILE_LINES = gl.constexpr(66)  # of that length, in a tile of encoded rows with their scales
-LINE_BYTES = gl.constexpr(128)  # of the card's cache
-IS_LAUNCHED_EARLY = gl.constexpr(IS_ON)
 NO_TILE = gl.constexpr(2**31 - 1)
 # What differs from step to step: it would only compile the kernel anew.
 STEP_ARGUMENTS = ["block_table", "num_visible", "num_rows", "num_tokens", "max_seq_len", "table_stride", "out_stride"]
@@ -48,9 +47,7 @@ def launch_few_on_hopper(
     has_scales: bool,
     num_programs: int,
     num_stages: int,
-    is_fenced: bool,
     is_whole: bool,
-    is_fetched: bool,
 ) -> None:
     """``query: [B, T, J, I]``, ``keys: [num_blocks, block_size, >= I]`` of its dtype, ``scales``: its bytes as f32,
     ``out: [B, T, >= max_seq_len]`` f32; all but the table contiguous."""
@@ -79,9 +76,7 @@ def launch_few_on_hopper(
         DIM=dim,
         NUM_ROWS=max(MIN_ROWS, 1 << (num_rows - 1).bit_length()),
         NUM_STAGES=num_stages,
-        IS_FENCED=is_fenced,
         IS_WHOLE=is_whole,
-        IS_FETCHED=is_fetched,
         num_warps=4,
         launch_pdl=IS_ON,
     )
@@ -109,9 +104,7 @@ def score_few_on_hopper(
     DIM: gl.constexpr,  # noqa: N803
     NUM_ROWS: gl.constexpr,  # noqa: N803
     NUM_STAGES: gl.constexpr,  # noqa: N803
-    IS_FENCED: gl.constexpr,  # noqa: N803
     IS_WHOLE: gl.constexpr,  # noqa: N803
-    IS_FETCHED: gl.constexpr,  # noqa: N803
 ):
     """``query: [B T, J, I]``, ``weights: [B T, J]`` f32, ``out: [B T, out_stride]``; ``BLOCK_SIZE``: a multiple of
     ``BLOCK_KEYS``."""
@@ -123,8 +116,6 @@ def score_few_on_hopper(
     WHOLE_SCALES: gl.constexpr = _whole_rows(1, LINE_WORDS)  # noqa: N806
     SUM_TYPE: gl.constexpr = gl.int32 if query.dtype.element_ty == gl.int8 else gl.float32  # noqa: N806
     let_next_start()
-    if IS_FETCHED and IS_LAUNCHED_EARLY:
-        _fetch_table(block_table, table_stride, num_visible, num_rows // num_tokens, max_seq_len, BLOCK_SIZE)
     wait_for_inputs()
     behind = _count_tiles(num_visible, num_rows, max_seq_len, NUM_ROWS)
     start, stop = _share_tiles(behind)
@@ -186,7 +177,7 @@ def score_few_on_hopper(
         while tile < row_stop:
             async_copy.wait_group(NUM_STAGES - 2)
             BARRIER()
-            if IS_FENCED and not IS_WHOLE:
+            if not IS_WHOLE:
                 fence_async_shared()
             if IS_WHOLE:
                 lines = tiles.index(stage * TILE_LINES)
@@ -217,31 +208,6 @@ def _lines_of(vector, dim):
     """Rows of ``dim`` numbers, of which a thread has ``vector`` at once."""
     lanes = min(32, dim // vector)
     return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [4, 1], [1, 0])
-
-
-@gluon.jit
-def _fetch_table(block_table, table_stride, num_visible, num_requests, max_seq_len, BLOCK_SIZE: gl.constexpr):  # noqa: N803
-    """Asks for all lines of the table and the first of ``num_visible``, into the cache that all programs share: whoever
-    writes them later writes them there."""
-    ROW_KEYS: gl.constexpr = LINE_BYTES // 4 * BLOCK_SIZE  # noqa: N806 - of a line of the table
-    line = gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    row_lines = (max_seq_len + (ROW_KEYS - 1)) // ROW_KEYS
-    request = line // row_lines
-    place = request.to(gl.int64) * table_stride + (line - request * row_lines) * (LINE_BYTES // 4)
-    _fetch_line(block_table + place, request < num_requests)
-    _fetch_line(num_visible + line, line == 0)
-
-
-@gluon.jit
-def _fetch_line(places, is_wanted):
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [places.to(gl.int64, bitcast=True), is_wanted.to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit

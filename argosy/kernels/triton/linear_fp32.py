@@ -17,16 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from argosy.kernels.triton.dependent_launch import (
-    FIRST_TURN,
-    IS_ON,
-    LAST_TURN,
-    LINE_BYTES,
-    NUM_TURNS,
-    fetch_lines,
-    let_next_start,
-    wait_for_inputs,
-)
+from argosy.kernels.triton.dependent_launch import IS_ON, LINE_BYTES, fetch_lines, let_next_start, wait_for_inputs
 
 ALIGNMENT_BYTES = 16  # of addresses and rows, which the card's tile loads ask for
 UPPER_HALF: tl.constexpr = tl.constexpr(-65536)  # of 32 bits
@@ -141,7 +132,6 @@ def _multiply_few(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Te
         in_features,
         x.stride(0),
         weight.stride(0),
-        FIRST_TURN,
         BLOCK_OUT=tile.block_out,
         BLOCK_TOKENS=tile.block_tokens,
         BLOCK_K=tile.block_k,
@@ -209,7 +199,7 @@ def _linear_kernel(
     tl.store(parts + places, tl.trans(total), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_turn"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _few_tokens_kernel(
     x,
     weight,
@@ -219,15 +209,11 @@ def _few_tokens_kernel(
     in_features,
     x_stride,
     weight_stride,
-    first_turn,
     BLOCK_OUT: tl.constexpr,  # noqa: N803
     BLOCK_TOKENS: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
 ):
-    """A part of K in one step: its weights are split and in shared memory before the tokens are there.
-
-    The first of two turns is a rehearsal, of no tokens.
-    """
+    """A part of K in one step: its weights are split and in shared memory before the tokens are there."""
     let_next_start()
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
     features = (tl.program_id(0) % out_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -238,17 +224,15 @@ def _few_tokens_kernel(
     is_weight = (features < out_features)[:, None] & is_column[None, :]
     places = features[:, None].to(tl.int64) * weight_stride + columns[None, :]
     high, middle, low = _split_in_three(tl.load(weight + places, mask=is_weight, other=0.0), x.dtype.element_ty)
-    for turn in tl.range(first_turn, NUM_TURNS, num_stages=1):
-        if turn == LAST_TURN:
-            wait_for_inputs()
-        is_row = rows < tl.where(turn == LAST_TURN, num_tokens, 0)
-        sources = x + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
-        tokens = tl.load(sources, mask=is_row[:, None] & is_column[None, :], other=0.0)
-        total = tl.dot(tokens, low.T, input_precision="ieee")
-        total = tl.dot(tokens, middle.T, total, input_precision="ieee")
-        total = tl.dot(tokens, high.T, total, input_precision="ieee")
-        targets = parts + (part.to(tl.int64) * num_tokens + rows[:, None]) * out_features + features[None, :]
-        tl.store(targets, total, mask=is_row[:, None] & (features < out_features)[None, :])
+    wait_for_inputs()
+    is_row = rows < num_tokens
+    sources = x + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
+    tokens = tl.load(sources, mask=is_row[:, None] & is_column[None, :], other=0.0)
+    total = tl.dot(tokens, low.T, input_precision="ieee")
+    total = tl.dot(tokens, middle.T, total, input_precision="ieee")
+    total = tl.dot(tokens, high.T, total, input_precision="ieee")
+    targets = parts + (part.to(tl.int64) * num_tokens + rows[:, None]) * out_features + features[None, :]
+    tl.store(targets, total, mask=is_row[:, None] & (features < out_features)[None, :])
 
 
 @triton.jit

@@ -11,14 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from argosy.kernels.triton.dependent_launch import (
-    FIRST_TURN,
-    IS_ON,
-    LAST_TURN,
-    NUM_TURNS,
-    let_next_start,
-    wait_for_inputs,
-)
+from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 # Tokens of a program: one of a decode step; more, whose work overlaps, in prefill (not measured yet).
 FEW_TOKENS = 128
@@ -89,7 +82,6 @@ def route_parts(
         routed_scaling_factor,
         topk_group,
         num_experts_per_tok,
-        FIRST_TURN if is_few else LAST_TURN.value,
         NUM_PARTS=num_parts,
         NUM_GROUPS=n_group,
         GROUP_SIZE=num_experts // n_group,
@@ -106,7 +98,7 @@ def route_parts(
     return topk_ids, topk_weights
 
 
-@triton.jit(do_not_specialize=["num_tokens", "topk_group", "num_ids", "first_turn"])
+@triton.jit(do_not_specialize=["num_tokens", "topk_group", "num_ids"])
 def _route_kernel(
     parts,
     correction_bias,
@@ -118,7 +110,6 @@ def _route_kernel(
     scaling_factor,
     topk_group,
     num_ids,
-    first_turn,
     NUM_PARTS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
     NUM_GROUPS: tl.constexpr,  # noqa: N803
     GROUP_SIZE: tl.constexpr,  # noqa: N803
@@ -132,7 +123,7 @@ def _route_kernel(
     """Experts stand as [groups, group's size], each padded to a power of two; an id counts real experts only.
 
     The numbers of rounds are no constants, so that rounds are loops: unrolled, each of their instructions would be
-    fetched from memory to be run once. The first of two turns is a rehearsal: of no tokens and one round.
+    fetched from memory to be run once.
     """
     let_next_start()
     NUM_PLACES: tl.constexpr = PADDED_GROUPS * PADDED_SIZE  # noqa: N806
@@ -145,43 +136,35 @@ def _route_kernel(
         experts = tl.where(is_expert, experts, 0)
     slots = tl.arange(0, PADDED_IDS)
     bias = tl.load(correction_bias + experts)
-    for turn in tl.range(first_turn, NUM_TURNS, num_stages=1):
-        if turn == LAST_TURN:
-            wait_for_inputs()
-        is_last = turn == LAST_TURN
-        num_rounds = tl.where(is_last, num_ids, 1)
-        source = tl.where(is_last, parts, correction_bias)  # what a rehearsal reads instead
-        sources = source + (rows * tl.where(is_last, row_stride, 0))[:, None] + experts[None, :]
-        num_chunks = tl.where(is_last, NUM_PARTS // PARTS_AT_ONCE, 1)
-        logits = _add_parts(sources, tl.where(is_last, part_stride, 0), num_chunks, NUM_PARTS, PARTS_AT_ONCE)
-        scores = _sigmoid(logits)
-        biased = scores + bias[None, :]
-        keys = tl.where(is_expert[None, :], _order(biased), REMOVED)
-        if NUM_GROUPS > 1:
-            grouped = tl.reshape(biased, (BLOCK_TOKENS, PADDED_GROUPS, PADDED_SIZE))
-            is_chosen = _choose_groups(grouped, topk_group, NUM_GROUPS, GROUP_SIZE)
-            is_chosen = tl.reshape(is_chosen, (BLOCK_TOKENS, NUM_PLACES))
-            keys = tl.where((is_chosen > 0) | (keys == REMOVED), keys, DROPPED)
-        chosen_ids, weights = _choose_experts(keys, scores, num_rounds, GROUP_SIZE, PADDED_SIZE, PADDED_IDS)
-        if IS_NORMED:
-            weights = _divide(weights, tl.broadcast_to(tl.sum(weights, axis=1)[:, None], (BLOCK_TOKENS, PADDED_IDS)))
-        entries = tokens[:, None].to(tl.int64) * num_ids + slots[None, :]
-        is_entry = is_last & (tokens < num_tokens)[:, None] & (slots < num_ids)[None, :]
-        tl.store(topk_ids + entries, chosen_ids, mask=is_entry)
-        tl.store(topk_weights + entries, weights * scaling_factor, mask=is_entry)
+    wait_for_inputs()
+    sources = parts + (rows * row_stride)[:, None] + experts[None, :]
+    scores = _sigmoid(_add_parts(sources, part_stride, NUM_PARTS, PARTS_AT_ONCE))
+    biased = scores + bias[None, :]
+    keys = tl.where(is_expert[None, :], _order(biased), REMOVED)
+    if NUM_GROUPS > 1:
+        grouped = tl.reshape(biased, (BLOCK_TOKENS, PADDED_GROUPS, PADDED_SIZE))
+        is_chosen = _choose_groups(grouped, topk_group, NUM_GROUPS, GROUP_SIZE)
+        is_chosen = tl.reshape(is_chosen, (BLOCK_TOKENS, NUM_PLACES))
+        keys = tl.where((is_chosen > 0) | (keys == REMOVED), keys, DROPPED)
+    chosen_ids, weights = _choose_experts(keys, scores, num_ids, GROUP_SIZE, PADDED_SIZE, PADDED_IDS)
+    if IS_NORMED:
+        weights = _divide(weights, tl.broadcast_to(tl.sum(weights, axis=1)[:, None], (BLOCK_TOKENS, PADDED_IDS)))
+    entries = tokens[:, None].to(tl.int64) * num_ids + slots[None, :]
+    is_entry = (tokens < num_tokens)[:, None] & (slots < num_ids)[None, :]
+    tl.store(topk_ids + entries, chosen_ids, mask=is_entry)
+    tl.store(topk_weights + entries, weights * scaling_factor, mask=is_entry)
 
 
 @triton.jit
 def _add_parts(
     sources,
     part_stride,
-    num_chunks,
     NUM_PARTS: tl.constexpr,  # noqa: N803
     PARTS_AT_ONCE: tl.constexpr,  # noqa: N803
 ):
     """In their order. A loop, whose turns ask for several parts before they add the first of them."""
     logits = tl.zeros(sources.shape, dtype=tl.float32)
-    for _ in tl.range(0, num_chunks):
+    for _ in tl.range(0, NUM_PARTS // PARTS_AT_ONCE):
         for _ in tl.static_range(PARTS_AT_ONCE):
             logits += tl.load(sources)
             sources += part_stride

@@ -124,7 +124,7 @@ def score_few_on_hopper(number: str, product: str, num_bytes: int, *, is_whole: 
         | LENGTHS,
         {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if has_scales else DIM, "HAS_SCALES": has_scales}
         | {"NUMBER_BYTES": num_bytes, "HEADS": HEADS, "DIM": DIM, "NUM_ROWS": 128, "NUM_STAGES": tile.num_stages}
-        | {"IS_FENCED": tile.is_fenced, "IS_WHOLE": is_whole, "IS_FETCHED": tile.is_fetched},
+        | {"IS_WHOLE": is_whole},
         num_warps=tile.num_warps,
         instructions=("wgmma.mma_async.sync.aligned.m64n64", product, f", {width}, {width};"),
         label=f"{number}{' whole' * is_whole}",

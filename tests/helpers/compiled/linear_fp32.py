@@ -30,7 +30,7 @@ def few_tokens(tile: Tile) -> Kernel:
     return Kernel(
         "linear_fp32._few_tokens_kernel",
         {"x": "*bf16", "weight": "*fp32", "parts": "*fp32", "num_tokens": "i32", "out_features": "i32"}
-        | {"in_features": "i32", "x_stride": "i32", "weight_stride": "i32", "first_turn": "i32"},
+        | {"in_features": "i32", "x_stride": "i32", "weight_stride": "i32"},
         {"BLOCK_OUT": tile.block_out, "BLOCK_TOKENS": tile.block_tokens, "BLOCK_K": tile.block_k},
         num_warps=tile.num_warps,
         multiples_of_16=("out_features", "in_features", "x_stride", "weight_stride"),

@@ -7,7 +7,7 @@ def route(num_parts: int, num_tokens: int) -> Kernel:
         "route._route_kernel",
         {"parts": "*fp32", "correction_bias": "*fp32", "topk_ids": "*i32", "topk_weights": "*fp32"}
         | {"num_tokens": "i32", "part_stride": "i32", "row_stride": "i32", "scaling_factor": "fp32"}
-        | {"topk_group": "i32", "num_ids": "i32", "first_turn": "i32"},
+        | {"topk_group": "i32", "num_ids": "i32"},
         {"NUM_PARTS": num_parts, "NUM_GROUPS": 8, "GROUP_SIZE": 32, "PADDED_GROUPS": 8}
         | {"PADDED_SIZE": 32, "PADDED_IDS": 8, "IS_NORMED": True, "BLOCK_TOKENS": num_tokens}
         | {"PARTS_AT_ONCE": min(num_parts, FEW_TOKENS_PARTS if num_tokens == 1 else MANY_TOKENS_PARTS)},
