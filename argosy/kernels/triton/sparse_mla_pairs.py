@@ -88,9 +88,10 @@ def attend_in_pairs(
     wait_for_inputs()
     stop = num_keys
     if not IS_FULL:  # what is behind the last known slot is skipped
-        places = gl.arange(0, NUM_PLACES, layout=LINE)
-        is_known = gl.load(token_slots + places, mask=places < num_keys, other=-1) >= 0
-        stop = gl.max(gl.where(is_known, places + 1, 0), axis=0)
+        if gl.load(token_slots + (num_keys - 1)) < 0:
+            places = gl.arange(0, NUM_PLACES, layout=LINE)
+            is_known = gl.load(token_slots + places, mask=places < num_keys, other=-1) >= 0
+            stop = gl.max(gl.where(is_known, places + 1, 0), axis=0)
     # One turn at least, so that the compiler sees a loop that runs.
     num_turns = gl.maximum((stop + 2 * BLOCK - 1) // (2 * BLOCK), 1)
     fence_async_shared()

@@ -16,6 +16,7 @@ from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_f
 
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
+VISITED_BLOCK = 512  # 64 and 128 tokens of 16 ranks on an H200: 4.1 and 6.1 us, 5.7 and 7.1 with the block above
 
 
 def sum_parts(
@@ -63,7 +64,7 @@ def sum_visited_parts(
     out = parts.new_empty(num_tokens, hidden_size, dtype=dtype)
     if num_tokens == 0:
         return out
-    num_blocks = triton.cdiv(hidden_size, BLOCK_SIZE)
+    num_blocks = triton.cdiv(hidden_size, VISITED_BLOCK)
     _sum_visited_parts_kernel[(num_tokens * num_blocks,)](
         parts,
         topk_ids,
@@ -81,7 +82,7 @@ def sum_visited_parts(
         PADDED_IDS=triton.next_power_of_2(num_ids),
         HAS_ADDEND=addend is not None,
         NUM_BLOCKS=num_blocks,
-        BLOCK=BLOCK_SIZE,
+        BLOCK=VISITED_BLOCK,
         num_warps=NUM_WARPS,
         launch_pdl=IS_ON,
     )

@@ -54,15 +54,14 @@ NARROW_TILES = (
     NarrowTile(16, 512, 8, 4),
 )
 MAX_NARROW_ROWS = NARROW_TILES[0].block_rows
-# By rows, the first entry that is not below them. 64 rows on an H200, this one, and three programs of 64 columns on a
-# multiprocessor: 1536 -> 8192 11.8 and 13.9 us, 2048 -> 7168 12.8 and 13.9, 7168 -> 2240 14.9 and 15.1, 7168 -> 4096
-# 19.6 and 20.0, 16384 -> 7168 45.1 and 44.7. 128 rows, this one, and programs of 128 columns, whose parts have 1,024
-# numbers at least: 1536 -> 8192 12.1 and 16.3, 2048 -> 7168 13.0 and 16.4, 7168 -> 2240 15.4 and 17.5, 7168 -> 4096
-# 19.8 and 22.1, 16384 -> 7168 46.7 and 48.6. The others were not measured against any.
+# By rows, the first entry that is not below them. One after another in a graph on an H200, 64 rows, and in place of this
+# one 128 columns with six blocks of 128 numbers: 1536 -> 8192 5.9 and 7.2 us, 2048 -> 7168 6.7 and 8.3, 7168 -> 2240 8.5
+# and 9.8, 7168 -> 4096 11.1 and 12.7, 16384 -> 7168 34.5 and 34.4. 128 rows, and 64 columns with eight such blocks: 6.9
+# and 7.3, 7.8 and 8.3, 10.2 and 10.8, 13.1 and 13.7, 39.0 and 40.9. The others were not measured against any.
 SPLIT_TILES = (
     SplitTile(32, 128, 256, 4, 4, 512),
-    SplitTile(64, 128, 128, 6, 4, 2048),
-    SplitTile(128, 64, 128, 8, 4, 2048),
+    SplitTile(64, 64, 256, 4, 4, 2048),
+    SplitTile(128, 64, 256, 4, 4, 2048),
     SplitTile(256, 128, 128, 4, 8, 1024),
 )
 # In place of these for so many columns: 1536 -> 24576 19.4 instead of 23.3 us, and 20.6 instead of 26.9.

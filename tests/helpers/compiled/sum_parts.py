@@ -20,7 +20,8 @@ KERNELS = (
         {"parts": "*bf16", "topk_ids": "*i32", "expert_owner": "*i32", "addend": "*bf16", "out": "*bf16"}
         | {"hidden_size": "i32", "num_experts": "i32", "part_stride": "i32", "row_stride": "i32"}
         | {"id_stride": "i32", "id_column_stride": "i32"},
-        {"NUM_PARTS": 16, "NUM_IDS": 8, "PADDED_IDS": 8, "HAS_ADDEND": True, "NUM_BLOCKS": 7, "BLOCK": 1024},
+        {"NUM_PARTS": 16, "NUM_IDS": 8, "PADDED_IDS": 8, "HAS_ADDEND": True, "NUM_BLOCKS": 14, "BLOCK": 512},
         multiples_of_16=("hidden_size", "part_stride", "row_stride"),
+        is_vectorised=None,  # 8 bytes, and twice the programs
     ),
 )
