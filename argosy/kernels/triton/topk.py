@@ -29,12 +29,13 @@ class Tile:
 MAX_BLOCK = 32768
 CHUNK = 16384
 # By the scores that a program holds: few programs, whose latency counts, and many, of which several share a
-# multiprocessor. Not measured yet.
+# multiprocessor. Of 4,120 scores on an H200, room for 8,192: 64 rows in 8 warps 9.1 us, in 16 10.2, in 4 9.8; 128 rows
+# 9.7, 11.0 and 10.3. The others were not measured against any.
 TILES = (
     (512, Tile(1), Tile(1)),
     (2048, Tile(4), Tile(4)),
     (4096, Tile(8), Tile(4, 64)),
-    (8192, Tile(16), Tile(8, 64)),
+    (8192, Tile(8), Tile(8, 64)),
     (CHUNK, Tile(16), Tile(16, 64)),
     (MAX_BLOCK, Tile(32), Tile(32)),
 )
