@@ -99,6 +99,8 @@ def test_an_unknown_payload_is_refused() -> None:
 class KeepSums:
     """A return path that ends here."""
 
+    reads_empty_lines = True
+
     def start(self, partial_sums: torch.Tensor, addend: torch.Tensor | None = None) -> Pending[torch.Tensor]:
         return Ready(partial_sums if addend is None else partial_sums + addend)
 

@@ -60,7 +60,6 @@ def sum_rows(
         factors.stride(0),
         factors.stride(1),
         NUM_SUMMANDS=num_summands,
-        PADDED_SUMMANDS=triton.next_power_of_2(num_summands),
         HAS_WEIGHTS=has_weights,
         HAS_ADDEND=addend is not None,
         IS_SPARSE=is_sparse,
@@ -87,7 +86,6 @@ def _sum_rows_kernel(
     weight_line_stride,
     weight_summand_stride,
     NUM_SUMMANDS: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
-    PADDED_SUMMANDS: tl.constexpr,  # noqa: N803
     HAS_WEIGHTS: tl.constexpr,  # noqa: N803
     HAS_ADDEND: tl.constexpr,  # noqa: N803
     IS_SPARSE: tl.constexpr,  # noqa: N803
@@ -104,15 +102,15 @@ def _sum_rows_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     line_weights = weights + line * weight_line_stride
     if IS_SPARSE:
-        summands = tl.arange(0, PADDED_SUMMANDS)
-        ids = row_ids + line * id_line_stride + summands * id_summand_stride
-        ids = tl.load(ids, mask=summands < NUM_SUMMANDS, other=-1)
-        is_empty = tl.max(ids) < 0
-        if SKIPS_EMPTY & is_empty:
+        ids = row_ids + line * id_line_stride
+        highest = tl.load(ids).to(tl.int32)
+        for summand in tl.static_range(1, NUM_SUMMANDS):  # all are asked for before the first has come
+            highest = tl.maximum(highest, tl.load(ids + summand * id_summand_stride).to(tl.int32))
+        if SKIPS_EMPTY & (highest < 0):
             return
-        if not is_empty:
+        if highest >= 0:
             for summand in tl.static_range(NUM_SUMMANDS):
-                row = tl.max(tl.where(summands == summand, ids, -1)).to(tl.int64)
+                row = tl.load(ids + summand * id_summand_stride).to(tl.int64)
                 if row >= 0:
                     values = tl.load(rows + row * row_stride + columns, mask=is_column, other=0.0).to(tl.float32)
                     if HAS_WEIGHTS:

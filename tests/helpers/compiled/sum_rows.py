@@ -7,7 +7,7 @@ def sum_rows(out: str, *, has_addend: bool, is_sparse: bool = False) -> Kernel:
         {"rows": "*bf16", "row_ids": "*i64", "weights": "*fp32", "addend": "*bf16", "out": out, "hidden_size": "i32"}
         | {"row_stride": "i32", "id_line_stride": "i32", "id_summand_stride": "i32"}
         | {"weight_line_stride": "i32", "weight_summand_stride": "i32"},
-        {"NUM_SUMMANDS": 8, "PADDED_SUMMANDS": 8, "HAS_WEIGHTS": True, "HAS_ADDEND": has_addend}
+        {"NUM_SUMMANDS": 8, "HAS_WEIGHTS": True, "HAS_ADDEND": has_addend}
         | {
             "IS_SPARSE": is_sparse,
             "SKIPS_EMPTY": is_sparse,
