@@ -159,10 +159,15 @@ def index_scores_paged(
     block_table: torch.Tensor,
     num_visible: torch.Tensor,
     max_seq_len: int,
+    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """See ``reference_paged.index_scores_paged``."""
     chosen = _index_scores_of(index_q)
-    return chosen.index_scores_paged(index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len)
+    if chosen is reference_paged:
+        index_q, rotary = reference_paged.rotate_heads(index_q, rotary, rope_half_split_), None
+    return chosen.index_scores_paged(
+        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, rotary
+    )
 
 
 def index_scores_paged_encoded(
@@ -174,10 +179,14 @@ def index_scores_paged_encoded(
     max_seq_len: int,
     hadamard: torch.Tensor,
     numbers: NumberFormat,
+    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """See ``reference_paged.index_scores_paged_encoded``."""
-    return _index_scores_of(index_q).index_scores_paged_encoded(
-        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, hadamard, numbers
+    chosen = _index_scores_of(index_q)
+    if chosen is reference_paged:
+        index_q, rotary = reference_paged.rotate_heads(index_q, rotary, rope_half_split_), None
+    return chosen.index_scores_paged_encoded(
+        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, hadamard, numbers, rotary
     )
 
 

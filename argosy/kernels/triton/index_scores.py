@@ -6,7 +6,8 @@ Many tokens: a program keeps a tile of keys, and queries stream past it. On Hopp
 ``index_scores_few_hopper.py``, the other by ``index_scores_hopper.py``.
 Invariant: what the host does not know, how many keys are visible, decides how much is done.
 
-Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, S keys of one sequence.
+Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, P numbers of a head that are rotated,
+S keys of one sequence.
 """
 
 from dataclasses import dataclass
@@ -18,13 +19,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from argosy.kernels.reference import RotaryRows
 from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
+from argosy.kernels.reference_paged import rotate_heads
 from argosy.kernels.triton import index_scores_hopper
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
-from argosy.kernels.triton.index_scores_few_hopper import FEW_KEYS, WHOLE_BYTES, launch_few_on_hopper
+from argosy.kernels.triton.index_scores_few_hopper import (
+    FEW_KEYS,
+    WHOLE_BYTES,
+    launch_few_on_hopper,
+    rotates_few_on_hopper,
+)
 from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
 from argosy.kernels.triton.quantize import ROUNDER
+from argosy.kernels.triton.rotary import rope_half_split_, rotate_half
 
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
 FEW_TOKENS = 8  # of a request; up to here keys are read once for each
@@ -79,7 +88,9 @@ FEW_HOPPER_TILES = {
 HOPPER_MAX_HEADS = 64  # products of two tokens and a tile's keys stay in registers
 HOPPER_KEY_BYTES = (128, 256)  # whole rows of shared memory, as it is swizzled; in registers too
 MIN_ROWS = 16  # fewer would only compile the kernel anew
-QUANTIZED_ROWS = 128  # queries that one program rotates
+QUANTIZED_ROWS = 128  # heads of any tokens that one program quantises
+# Heads of one token that a program can also rotate by position: fewer go through other instructions, with other sums.
+ROTATED_HEADS = (64, 128)
 
 
 def index_scores_paged(
@@ -89,6 +100,7 @@ def index_scores_paged(
     block_table: torch.Tensor,
     num_visible: torch.Tensor,
     max_seq_len: int,
+    rotary: RotaryRows | None = None,
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -97,9 +109,10 @@ def index_scores_paged(
     ``index_q: [B, T, J, I]``, ``index_k_cache: [num_blocks, block_size, I]`` of its dtype, ``index_weights: [B, T, J]``
     f32, ``block_table: [B, >= blocks]`` int32, ``num_visible: [B, T]`` int32. Returns [B, T, max_seq_len] f32, rows
     padded; what lies at and behind ``num_visible`` is unspecified. J and I are powers of two, the cache is contiguous.
-    No host sync.
+    ``rotary``: of the B T tokens, whose queries are rotated first; what index_q holds afterwards is unspecified. No
+    host sync.
     """
-    return _score(index_q, index_k_cache, None, index_weights, block_table, num_visible, max_seq_len, tile)
+    return _score(index_q, index_k_cache, None, index_weights, block_table, num_visible, max_seq_len, tile, rotary)
 
 
 def index_scores_paged_encoded(
@@ -111,38 +124,50 @@ def index_scores_paged_encoded(
     max_seq_len: int,
     hadamard: torch.Tensor,
     numbers: NumberFormat,
+    rotary: RotaryRows | None = None,
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``reference_cache_rows.index_scores_encoded`` of key rows in a cache: ``index_k_cache: [num_blocks, block_size,
     I + 4]`` uint8. ``hadamard: [I, I]`` f32: all its numbers have one magnitude. Else as ``index_scores_paged``.
     """
-    query, weights = quantize_queries(index_q, index_weights, hadamard, numbers)
+    query, weights = quantize_queries(index_q, index_weights, hadamard, numbers, rotary)
     keys, scales = index_k_cache.view(numbers.dtype), index_k_cache.view(torch.float32)
     return _score(query, keys, scales, weights, block_table, num_visible, max_seq_len, tile)
 
 
 def quantize_queries(
-    index_q: torch.Tensor, index_weights: torch.Tensor, hadamard: torch.Tensor, numbers: NumberFormat
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    hadamard: torch.Tensor,
+    numbers: NumberFormat,
+    rotary: RotaryRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` f32 -> numbers [B, T, J, I], and the weights times their
-    scales: [B, T, J] f32."""
+    scales: [B, T, J] f32. ``rotary``: of the B T tokens, which are rotated first."""
+    heads, dim = index_q.shape[2:]
+    if rotary is not None and heads not in ROTATED_HEADS:
+        index_q, rotary = rotate_heads(index_q, rotary, rope_half_split_), None
     query = torch.empty(index_q.shape, dtype=numbers.dtype, device=index_q.device)
     weights = torch.empty(index_weights.shape, dtype=torch.float32, device=index_q.device)
     num_rows = weights.numel()
+    block_rows = QUANTIZED_ROWS if rotary is None else heads
     if num_rows:
-        _quantize_queries_kernel[(triton.cdiv(num_rows, QUANTIZED_ROWS),)](
+        _quantize_queries_kernel[(triton.cdiv(num_rows, block_rows),)](
             index_q.contiguous(),
             index_weights.contiguous(),
             hadamard,
+            hadamard if rotary is None else rotary.half_cos.contiguous(),  # a launch needs a pointer
+            hadamard if rotary is None else rotary.half_sin.contiguous(),
             query,
             weights,
             num_rows,
             MIN_AMAX=MIN_AMAX,
             MAX_VALUE=numbers.max_value,
             IS_INTEGER=not numbers.dtype.is_floating_point,
-            DIM=index_q.shape[3],
-            BLOCK_ROWS=QUANTIZED_ROWS,
+            DIM=dim,
+            ROPE_DIM=0 if rotary is None else rotary.half_cos.shape[2],
+            BLOCK_ROWS=block_rows,
             num_warps=8,
             launch_pdl=IS_ON,
         )
@@ -174,11 +199,14 @@ def _score(
     num_visible: torch.Tensor,
     max_seq_len: int,
     tile: Tile | None,
+    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     batch, num_tokens, heads, dim = query.shape
     num_rows = batch * num_tokens
     is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
     tile = tile or choose_tile(query, keys.shape[1], is_few=is_few)
+    if rotary is not None and not (is_few and tile.is_hopper and rotates_few_on_hopper(query, rotary)):
+        query, rotary = rotate_heads(query, rotary, rope_half_split_), None
     row_multiple = ROW_MULTIPLE if is_few or not tile.is_hopper else tile.block_keys
     padded = triton.cdiv(max_seq_len, row_multiple) * row_multiple
     out = torch.empty(batch, num_tokens, padded, dtype=torch.float32, device=query.device)
@@ -211,6 +239,7 @@ def _score(
             *inputs,
             out,
             max_seq_len,
+            rotary,
             has_scales=scales is not None,
             num_programs=num_programs,
             num_stages=tile.num_stages,
@@ -275,6 +304,8 @@ def _quantize_queries_kernel(
     index_q,
     index_weights,
     hadamard,
+    half_cos,
+    half_sin,
     query,
     weights,
     num_rows,
@@ -282,18 +313,24 @@ def _quantize_queries_kernel(
     MAX_VALUE: tl.constexpr,  # noqa: N803
     IS_INTEGER: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
+    ROPE_DIM: tl.constexpr,  # noqa: N803
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
 ):
+    """``ROPE_DIM``: P, where the rows are those of one token and not rotated yet, or 0."""
     let_next_start()
     wait_for_inputs()
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, DIM)
     is_row = rows < num_rows
     places = rows[:, None].to(tl.int64) * DIM + columns[None, :]
-    x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
-    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
     magnitude = tl.load(hadamard)
     turns = tl.load(hadamard + columns[:, None] * DIM + columns[None, :])
+    if ROPE_DIM:
+        turn = tl.program_id(0) * ROPE_DIM
+        x = _load_rotated(index_q + rows[:, None].to(tl.int64) * DIM, half_cos + turn, half_sin + turn, DIM, ROPE_DIM)
+    else:
+        x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
+    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
     signs = tl.where(turns > 0, 1.0, -1.0).to(x.dtype)
     rotated = tl.dot(x, signs, input_precision="ieee") * magnitude
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(rotated), axis=1), MIN_AMAX), MAX_VALUE)
@@ -308,6 +345,20 @@ def _quantize_queries_kernel(
     tl.store(query + places, units.to(query.dtype.element_ty), mask=is_row[:, None])
     weight = tl.load(index_weights + rows, mask=is_row, other=0.0)
     tl.store(weights + rows, weight * scale, mask=is_row)
+
+
+@triton.jit
+def _load_rotated(rows, half_cos, half_sin, DIM: tl.constexpr, ROPE_DIM: tl.constexpr):  # noqa: N803
+    """``rows: [r, 1]`` pointers to heads of one token, ``half_cos: [P]`` f32, ``half_sin`` -> [r, I]."""
+    columns = tl.arange(0, DIM)[None, :]
+    is_rope = columns < ROPE_DIM
+    swapped_columns = tl.where(columns < ROPE_DIM // 2, columns + ROPE_DIM // 2, columns - ROPE_DIM // 2)
+    x = tl.load(rows + columns)
+    swapped = tl.load(rows + swapped_columns, mask=is_rope, other=0.0)
+    cos = tl.load(half_cos + columns, mask=is_rope, other=0.0)
+    sin = tl.load(half_sin + columns, mask=is_rope, other=0.0)
+    turned = rotate_half(x.to(tl.float32), swapped.to(tl.float32), cos, sin).to(x.dtype)
+    return tl.where(is_rope, turned, x)
 
 
 @triton.jit(do_not_specialize=STEP_ARGUMENTS)

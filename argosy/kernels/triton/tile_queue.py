@@ -11,17 +11,19 @@ _QUEUES: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def find_tile_queue(device: torch.device) -> torch.Tensor:
-    """[1] int32, of the current stream of ``device``."""
-    is_cuda = device.type == "cuda"
-    key = device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
-    queue = _QUEUES.get(key)
+    """[1] int32, of the current stream of ``device``.
+
+    NOTE(order): made when a stream's first product is launched, which must not be while a graph is recorded: the 0
+    would be written by the graph alone. Recordings are preceded by a run on their stream (``runner/graph_runner.py``).
+    """
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    queue = _QUEUES.get((device, stream))
     if queue is None:
-        queue = torch.zeros(1, dtype=torch.int32, device=device)
-        if not (is_cuda and torch.cuda.is_current_stream_capturing()):  # a recording's memory is its own
-            _QUEUES[key] = queue
+        queue = _QUEUES[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
     return queue
 
 
 def pad_experts(num_experts: int) -> int:
     """Counts that one warp reads at once: a power of two."""
-    return max(32, triton.next_power_of_2(num_experts))
+    padded: int = triton.next_power_of_2(num_experts)
+    return max(32, padded)
