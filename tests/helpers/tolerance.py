@@ -19,9 +19,9 @@ QUANTIZED_CACHE_LAYER_COSINE = {"int8": 0.9995, "fp8": 0.9985}
 # A linear or an expert in W8A8 against the model's own dtype, on the same inputs: a number's rounding error is at most
 # 1 / 254 of its row's largest (issue 4 asks for 0.99).
 W8A8_MODULE_COSINE = 0.999
-# Two runs of one W8A8 model that add in another order: a rounding to 8 bits that turns moves a token's logits by 0.04 to
-# 0.09 in the median and by 2.2 at worst (argosy-tiny), so a choice may turn where two logits are as near as this. Seen:
-# 0.005, on an AMD processor; on Intel ones none turned.
+# Two runs of one W8A8 model that add in another order: a rounding to 8 bits that turns moves a token's logits by 0.04
+# to 0.09 in the median and by 2.2 at worst (argosy-tiny), so a choice may turn where two logits are as near as this.
+# Seen: 0.005, on an AMD processor; on Intel ones none turned.
 W8A8_TIE = 0.05
 # In FP8 blocks: e4m3 rounds a number by at most 1 / 16 of itself, and an expert rounds four times.
 FP8_MODULE_COSINE = 0.997

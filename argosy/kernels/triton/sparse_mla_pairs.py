@@ -87,11 +87,8 @@ def attend_in_pairs(
         mbarrier.init(sums_ready.index(group), count=1)
     wait_for_inputs()
     stop = num_keys
-    if not IS_FULL:  # what is behind the last known slot is skipped
-        if gl.load(token_slots + (num_keys - 1)) < 0:
-            places = gl.arange(0, NUM_PLACES, layout=LINE)
-            is_known = gl.load(token_slots + places, mask=places < num_keys, other=-1) >= 0
-            stop = gl.max(gl.where(is_known, places + 1, 0), axis=0)
+    if not IS_FULL:
+        stop = _find_stop(token_slots, num_keys, NUM_PLACES)
     # One turn at least, so that the compiler sees a loop that runs.
     num_turns = gl.maximum((stop + 2 * BLOCK - 1) // (2 * BLOCK), 1)
     fence_async_shared()
@@ -114,6 +111,17 @@ def attend_in_pairs(
         [4, 1, 1, 1, 1],
         [GROUP_REGISTERS, GATHER_REGISTERS, GATHER_REGISTERS, GATHER_REGISTERS, GATHER_REGISTERS],
     )
+
+
+@gluon.jit
+def _find_stop(token_slots, num_keys, NUM_PLACES: gl.constexpr):  # noqa: N803
+    """Behind the last known slot, which mostly is the last one."""
+    stop = num_keys
+    if gl.load(token_slots + (num_keys - 1)) < 0:
+        places = gl.arange(0, NUM_PLACES, layout=LINE)
+        is_known = gl.load(token_slots + places, mask=places < num_keys, other=-1) >= 0
+        stop = gl.max(gl.where(is_known, places + 1, 0), axis=0)
+    return stop
 
 
 @gluon.jit

@@ -54,10 +54,10 @@ NARROW_TILES = (
     NarrowTile(16, 512, 8, 4),
 )
 MAX_NARROW_ROWS = NARROW_TILES[0].block_rows
-# By rows, the first entry that is not below them. One after another in a graph on an H200, 64 rows, and in place of this
-# one 128 columns with six blocks of 128 numbers: 1536 -> 8192 5.9 and 7.2 us, 2048 -> 7168 6.7 and 8.3, 7168 -> 2240 8.5
-# and 9.8, 7168 -> 4096 11.1 and 12.7, 16384 -> 7168 34.5 and 34.4. 128 rows, and 64 columns with eight such blocks: 6.9
-# and 7.3, 7.8 and 8.3, 10.2 and 10.8, 13.1 and 13.7, 39.0 and 40.9. The others were not measured against any.
+# By rows, the first entry that is not below them. One after another in a graph on an H200, 64 rows, and in place of
+# this one 128 columns with six blocks of 128 numbers: 1536 -> 8192 5.9 and 7.2 us, 2048 -> 7168 6.7 and 8.3, 7168 ->
+# 2240 8.5 and 9.8, 7168 -> 4096 11.1 and 12.7, 16384 -> 7168 34.5 and 34.4. 128 rows, and 64 columns with eight such
+# blocks: 6.9 and 7.3, 7.8 and 8.3, 10.2 and 10.8, 13.1 and 13.7, 39.0 and 40.9. The others were not measured.
 SPLIT_TILES = (
     SplitTile(32, 128, 256, 4, 4, 512),
     SplitTile(64, 64, 256, 4, 4, 2048),

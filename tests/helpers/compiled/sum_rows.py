@@ -11,8 +11,8 @@ def sum_rows(out: str, *, has_addend: bool, is_sparse: bool = False) -> Kernel:
         | {
             "IS_SPARSE": is_sparse,
             "SKIPS_EMPTY": is_sparse,
-            "NUM_BLOCKS": 1 if is_sparse else 7,
-            "BLOCK": 8192 if is_sparse else 1024,
+            "NUM_BLOCKS": 2 if is_sparse else 7,
+            "BLOCK": 4096 if is_sparse else 1024,
         },
         num_warps=8 if is_sparse else 4,
         multiples_of_16=("hidden_size", "row_stride"),
