@@ -15,8 +15,8 @@ import triton.language as tl
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 
 # Numbers of a line that a program adds, and its warps: of full lines, whose rows are all read at once, and of sparse
-# ones, where looking for rows costs more than reading them. One of 16 ranks, 64 and 128 tokens each, on an H200: 6.2 and
-# 10.1 us, in blocks of 8,192 7.0 and 11.0, of 2,048 in 4 warps 6.8 and 11.6.
+# ones, where looking for rows costs more than reading them. One of 16 ranks, 64 and 128 tokens each, on an H200: 6.2
+# and 10.1 us, in blocks of 8,192 7.0 and 11.0, of 2,048 in 4 warps 6.8 and 11.6.
 FULL_BLOCK, FULL_WARPS = 1024, 4
 SPARSE_BLOCK, SPARSE_WARPS = 4096, 8
 
