@@ -36,10 +36,10 @@ class Tile:
 
 
 # By the number of tokens, the first entry that is not below them. Up to 128 tokens, whose tiles take their part of K in
-# one step, split_k is the same, so a decode batch's size changes no token's sums; 64 and 128 tokens' router takes 6.6 and
-# 7.0 us on an H200 so, in four steps 8.5 and 10.0, the index weights with their sum 8.6 and 9.3, before 10.4 and 12.4.
-# The others are not measured: from the bytes that the card's memory and second-level cache move. Above 8192 tokens there
-# are tiles enough, and no parts to keep.
+# one step, split_k is the same, so a decode batch's size changes no token's sums; the router of 64 and 128 tokens takes
+# 6.6 and 7.0 us on an H200 so, in four steps 8.5 and 10.0, the index weights with their sum 8.6 and 9.3, before 10.4
+# and 12.4. The others are not measured: from the bytes that the card's memory and second-level cache move. Above 8192
+# tokens there are tiles enough, and no parts to keep.
 FEW_TOKENS_TILES = (
     (64, Tile(64, 64, 256, 256, 1, 4)),
     (128, Tile(64, 128, 256, 256, 1, 8)),

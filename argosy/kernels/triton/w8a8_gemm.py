@@ -70,9 +70,9 @@ GATED_WIDE_TILE = Tile(128, 128, 128, 3, 8, False)
 HOPPER_ROWS = 43
 HOPPER_PLAIN_TILE = HopperTile(walked_tiles=4)
 HOPPER_GATED_TILE = HopperTile()
-# In place of these while experts usually get no more rows: twice the tiles, so that all programs end together, and only
-# the rows that there are. One of 16 ranks, 64 and 128 tokens each, in a graph: down 61.3 and 65.5 us, 63.7 and 70.9 with
-# the tile above, gate and up 116.9, and with boxes of 16 rows 122.5, where that takes 118.7 and 126.4.
+# In place of these while experts usually get no more rows: twice the tiles, so that all programs end together, and
+# only the rows that there are. One of 16 ranks, 64 and 128 tokens each, in a graph: down 61.3 and 65.5 us, 63.7 and
+# 70.9 with the tile above, gate and up 116.9, and with boxes of 16 rows 122.5, where that takes 118.7 and 126.4.
 FEW_HOPPER_ROWS = 96
 FEW_ROWS_HOPPER_TILE = HopperTile(box_n=64, num_stages=6, box_rows=32, walked_tiles=4)
 
