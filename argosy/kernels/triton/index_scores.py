@@ -20,11 +20,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDe
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from argosy.kernels.reference import RotaryRows
-from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
+from argosy.kernels.reference_cache_rows import NumberFormat
 from argosy.kernels.reference_paged import rotate_heads
 from argosy.kernels.triton import index_scores_hopper
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
+from argosy.kernels.triton.index_queries import quantize_queries
 from argosy.kernels.triton.index_scores_few_hopper import (
     FEW_KEYS,
     WHOLE_BYTES,
@@ -32,16 +33,12 @@ from argosy.kernels.triton.index_scores_few_hopper import (
     rotates_few_on_hopper,
 )
 from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
-from argosy.kernels.triton.quantize import ROUNDER
-from argosy.kernels.triton.rotary import rope_half_split_, rotate_half
+from argosy.kernels.triton.rotary import rope_half_split_
 
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
 FEW_TOKENS = 8  # of a request; up to here keys are read once for each
 MAX_FEW_ROWS = 1024  # tokens of all requests whose tiles one program can count
 ROW_MULTIPLE = 16  # rows of scores start at multiples of 64 bytes, for whoever reads them
-# x plus its power of two times FP8_ROUNDER, minus that again, is x with e4m3's 3 bits behind the first.
-FP8_MIN_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
-FP8_ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2.0**20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,6 @@ FEW_HOPPER_TILES = {
 HOPPER_MAX_HEADS = 64  # products of two tokens and a tile's keys stay in registers
 HOPPER_KEY_BYTES = (128, 256)  # whole rows of shared memory, as it is swizzled; in registers too
 MIN_ROWS = 16  # fewer would only compile the kernel anew
-QUANTIZED_ROWS = 128  # heads of any tokens that one program quantises
-# Heads of one token that a program can also rotate by position: fewer go through other instructions, with other sums.
-ROTATED_HEADS = (64, 128)
 
 
 def index_scores_paged(
@@ -134,44 +128,6 @@ def index_scores_paged_encoded(
     query, weights = quantize_queries(index_q, index_weights, hadamard, numbers, rotary)
     keys, scales = index_k_cache.view(numbers.dtype), index_k_cache.view(torch.float32)
     return _score(query, keys, scales, weights, block_table, num_visible, max_seq_len, tile)
-
-
-def quantize_queries(
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
-    hadamard: torch.Tensor,
-    numbers: NumberFormat,
-    rotary: RotaryRows | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` f32 -> numbers [B, T, J, I], and the weights times their
-    scales: [B, T, J] f32. ``rotary``: of the B T tokens, which are rotated first."""
-    heads, dim = index_q.shape[2:]
-    if rotary is not None and heads not in ROTATED_HEADS:
-        index_q, rotary = rotate_heads(index_q, rotary, rope_half_split_), None
-    query = torch.empty(index_q.shape, dtype=numbers.dtype, device=index_q.device)
-    weights = torch.empty(index_weights.shape, dtype=torch.float32, device=index_q.device)
-    num_rows = weights.numel()
-    block_rows = QUANTIZED_ROWS if rotary is None else heads
-    if num_rows:
-        _quantize_queries_kernel[(triton.cdiv(num_rows, block_rows),)](
-            index_q.contiguous(),
-            index_weights.contiguous(),
-            hadamard,
-            hadamard if rotary is None else rotary.half_cos.contiguous(),  # a launch needs a pointer
-            hadamard if rotary is None else rotary.half_sin.contiguous(),
-            query,
-            weights,
-            num_rows,
-            MIN_AMAX=MIN_AMAX,
-            MAX_VALUE=numbers.max_value,
-            IS_INTEGER=not numbers.dtype.is_floating_point,
-            DIM=dim,
-            ROPE_DIM=0 if rotary is None else rotary.half_cos.shape[2],
-            BLOCK_ROWS=block_rows,
-            num_warps=8,
-            launch_pdl=IS_ON,
-        )
-    return query, weights
 
 
 def choose_tile(query: torch.Tensor, block_size: int, *, is_few: bool) -> Tile:
@@ -297,68 +253,6 @@ def _launch_on_hopper(
         TURN_TOKENS=tile.turn_tokens,
         num_warps=tile.num_warps,
     )
-
-
-@triton.jit
-def _quantize_queries_kernel(
-    index_q,
-    index_weights,
-    hadamard,
-    half_cos,
-    half_sin,
-    query,
-    weights,
-    num_rows,
-    MIN_AMAX: tl.constexpr,  # noqa: N803 - Triton's compile-time constants are written so
-    MAX_VALUE: tl.constexpr,  # noqa: N803
-    IS_INTEGER: tl.constexpr,  # noqa: N803
-    DIM: tl.constexpr,  # noqa: N803
-    ROPE_DIM: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-):
-    """``ROPE_DIM``: P, where the rows are those of one token and not rotated yet, or 0."""
-    let_next_start()
-    wait_for_inputs()
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, DIM)
-    is_row = rows < num_rows
-    places = rows[:, None].to(tl.int64) * DIM + columns[None, :]
-    magnitude = tl.load(hadamard)
-    turns = tl.load(hadamard + columns[:, None] * DIM + columns[None, :])
-    if ROPE_DIM:
-        turn = tl.program_id(0) * ROPE_DIM
-        x = _load_rotated(index_q + rows[:, None].to(tl.int64) * DIM, half_cos + turn, half_sin + turn, DIM, ROPE_DIM)
-    else:
-        x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
-    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
-    signs = tl.where(turns > 0, 1.0, -1.0).to(x.dtype)
-    rotated = tl.dot(x, signs, input_precision="ieee") * magnitude
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(rotated), axis=1), MIN_AMAX), MAX_VALUE)
-    units = tl.div_rn(rotated, tl.broadcast_to(scale[:, None], (BLOCK_ROWS, DIM)))
-    units = tl.minimum(tl.maximum(units, -MAX_VALUE), MAX_VALUE)
-    if IS_INTEGER:
-        units = (units + ROUNDER) - ROUNDER
-    else:  # so that the cast, which differs by platform, has nothing to round
-        power = tl.maximum((units.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), FP8_MIN_NORMAL)
-        rounder = power * FP8_ROUNDER
-        units = (units + rounder) - rounder
-    tl.store(query + places, units.to(query.dtype.element_ty), mask=is_row[:, None])
-    weight = tl.load(index_weights + rows, mask=is_row, other=0.0)
-    tl.store(weights + rows, weight * scale, mask=is_row)
-
-
-@triton.jit
-def _load_rotated(rows, half_cos, half_sin, DIM: tl.constexpr, ROPE_DIM: tl.constexpr):  # noqa: N803
-    """``rows: [r, 1]`` pointers to heads of one token, ``half_cos: [P]`` f32, ``half_sin`` -> [r, I]."""
-    columns = tl.arange(0, DIM)[None, :]
-    is_rope = columns < ROPE_DIM
-    swapped_columns = tl.where(columns < ROPE_DIM // 2, columns + ROPE_DIM // 2, columns - ROPE_DIM // 2)
-    x = tl.load(rows + columns)
-    swapped = tl.load(rows + swapped_columns, mask=is_rope, other=0.0)
-    cos = tl.load(half_cos + columns, mask=is_rope, other=0.0)
-    sin = tl.load(half_sin + columns, mask=is_rope, other=0.0)
-    turned = rotate_half(x.to(tl.float32), swapped.to(tl.float32), cos, sin).to(x.dtype)
-    return tl.where(is_rope, turned, x)
 
 
 @triton.jit(do_not_specialize=STEP_ARGUMENTS)

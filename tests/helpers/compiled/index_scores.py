@@ -4,7 +4,6 @@ from argosy.kernels.triton.index_scores import (
     HOPPER_TILES,
     MANY_TILES,
     MIN_ROWS,
-    QUANTIZED_ROWS,
 )
 from tests.helpers.compiled import SM_90, Kernel
 
@@ -35,30 +34,9 @@ def score(number: str, product: str, num_bytes: int, *, is_few: bool, num_rows: 
     )
 
 
-def quantize_queries(number: str, max_value: float, rope_dim: int) -> Kernel:
-    return Kernel(
-        "index_scores._quantize_queries_kernel",
-        {"index_q": "*bf16", "index_weights": "*fp32", "hadamard": "*fp32", "half_cos": "*fp32", "half_sin": "*fp32"}
-        | {"query": f"*{number}", "weights": "*fp32", "num_rows": "i32"},
-        {
-            "MIN_AMAX": 1e-4,
-            "MAX_VALUE": max_value,
-            "IS_INTEGER": number == "i8",
-            "DIM": DIM,
-            "ROPE_DIM": rope_dim,
-            "BLOCK_ROWS": HEADS if rope_dim else QUANTIZED_ROWS,
-        },
-        num_warps=8,
-        instructions=(f"wgmma.mma_async.sync.aligned.m64n{64 if rope_dim else 128}",),
-        label=f"{number}{' rotated' * (rope_dim > 0)}",
-    )
-
-
 KERNELS = (
     *(score(*numbers, is_few=is_few) for numbers in FORMATS for is_few in (True, False)),
     score(*FORMATS[0], is_few=True, num_rows=MIN_ROWS),
-    *(quantize_queries("i8", 127.0, rope_dim) for rope_dim in (0, ROPE_DIM)),
-    *(quantize_queries("fp8e4nv", 448.0, rope_dim) for rope_dim in (0, ROPE_DIM)),
 )
 
 
