@@ -48,7 +48,6 @@ class IndexKeyFormat(Protocol):
         block_table: torch.Tensor,
         num_visible: torch.Tensor,
         max_seq_len: int,
-        rotary: RotaryRows | None = None,
     ) -> torch.Tensor:
         """``index_q: [B, T, J, I]`` -> [B, T, max_seq_len] float32; see ``kernels.index_scores_paged``."""
         ...
@@ -81,9 +80,8 @@ class PlainIndexKeys:
         block_table: torch.Tensor,
         num_visible: torch.Tensor,
         max_seq_len: int,
-        rotary: RotaryRows | None = None,
     ) -> torch.Tensor:
-        return index_scores_paged(index_q, cache, index_weights, block_table, num_visible, max_seq_len, rotary)
+        return index_scores_paged(index_q, cache, index_weights, block_table, num_visible, max_seq_len)
 
 
 class EncodedIndexKeys:
@@ -116,8 +114,7 @@ class EncodedIndexKeys:
         block_table: torch.Tensor,
         num_visible: torch.Tensor,
         max_seq_len: int,
-        rotary: RotaryRows | None = None,
     ) -> torch.Tensor:
         return index_scores_paged_encoded(
-            index_q, cache, index_weights, block_table, num_visible, max_seq_len, self.hadamard, self._numbers, rotary
+            index_q, cache, index_weights, block_table, num_visible, max_seq_len, self.hadamard, self._numbers
         )

@@ -70,13 +70,10 @@ class LayerKV:
         block_table: torch.Tensor,
         num_visible: torch.Tensor,
         max_seq_len: int,
-        rotary: RotaryRows | None = None,
     ) -> torch.Tensor:
         """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` -> [B, T, max_seq_len] float32, of which a token's
-        first ``num_visible: [B, T]`` are specified. ``rotary``: of the B T tokens, whose heads are not rotated yet."""
-        return self.format.index_keys.score(
-            index_q, self.index_k, index_weights, block_table, num_visible, max_seq_len, rotary
-        )
+        first ``num_visible: [B, T]`` are specified."""
+        return self.format.index_keys.score(index_q, self.index_k, index_weights, block_table, num_visible, max_seq_len)
 
 
 class MLAKVCache:

@@ -159,15 +159,10 @@ def index_scores_paged(
     block_table: torch.Tensor,
     num_visible: torch.Tensor,
     max_seq_len: int,
-    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """See ``reference_paged.index_scores_paged``."""
     chosen = _index_scores_of(index_q)
-    if chosen is reference_paged:
-        index_q, rotary = reference_paged.rotate_heads(index_q, rotary, rope_half_split_), None
-    return chosen.index_scores_paged(
-        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, rotary
-    )
+    return chosen.index_scores_paged(index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len)
 
 
 def index_scores_paged_encoded(
@@ -179,14 +174,10 @@ def index_scores_paged_encoded(
     max_seq_len: int,
     hadamard: torch.Tensor,
     numbers: NumberFormat,
-    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """See ``reference_paged.index_scores_paged_encoded``."""
-    chosen = _index_scores_of(index_q)
-    if chosen is reference_paged:
-        index_q, rotary = reference_paged.rotate_heads(index_q, rotary, rope_half_split_), None
-    return chosen.index_scores_paged_encoded(
-        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, hadamard, numbers, rotary
+    return _index_scores_of(index_q).index_scores_paged_encoded(
+        index_q, index_k_cache, index_weights, block_table, num_visible, max_seq_len, hadamard, numbers
     )
 
 

@@ -24,12 +24,6 @@ class RotaryRows:
     half_cos: torch.Tensor  # [T, 1, P] float32: half-split is x * half_cos + (x with its halves swapped) * half_sin
     half_sin: torch.Tensor
 
-    def rows(self, start: int, end: int) -> "RotaryRows":
-        """Those of the tokens from ``start`` to ``end``: views."""
-        if end - start == len(self.turns):
-            return self
-        return RotaryRows(self.turns[start:end], self.half_cos[start:end], self.half_sin[start:end])
-
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:

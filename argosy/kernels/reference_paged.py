@@ -33,7 +33,6 @@ from argosy.kernels.reference_cache_rows import (
 )
 
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-Rotate = Callable[[torch.Tensor, RotaryRows], None]
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -140,16 +139,6 @@ def _finish_index_k(
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def rotate_heads(index_q: torch.Tensor, rotary: RotaryRows | None, rotate: Rotate = rope_half_split_) -> torch.Tensor:
-    """``index_q: [B, T, J, I]`` with the first P of each head rotated, in place where tokens lie in a line: what
-    index_q itself holds afterwards is unspecified. ``rotary``: of the B T tokens, None for those that are rotated."""
-    if rotary is None:
-        return index_q
-    heads = index_q.flatten(0, 1)
-    rotate(heads[..., : rotary.half_cos.shape[2]], rotary)
-    return heads.view(index_q.shape)
-
-
 def index_scores_paged(
     index_q: torch.Tensor,
     index_k_cache: torch.Tensor,
@@ -157,14 +146,12 @@ def index_scores_paged(
     block_table: torch.Tensor,
     num_visible: torch.Tensor,
     max_seq_len: int,
-    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """``reference.index_scores`` on the keys of whole sequences: [B, T, max_seq_len] float32.
 
     ``index_q: [B, T, J, I]``, ``block_table: [B, >= blocks]`` int32, ``num_visible: [B, T]`` int32: the keys from there
-    on are not the token's to see, and what stands for them is unspecified. ``rotary``: see ``rotate_heads``.
+    on are not the token's to see, and what stands for them is unspecified.
     """
-    index_q = rotate_heads(index_q, rotary)
     return index_scores(index_q, gather_cache(index_k_cache, block_table, max_seq_len), index_weights)
 
 
@@ -177,10 +164,8 @@ def index_scores_paged_encoded(
     max_seq_len: int,
     hadamard: torch.Tensor,
     numbers: NumberFormat,
-    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     """``index_scores_paged`` on rows of 8-bit numbers: ``index_k_cache: [num_blocks, block_size, I + 4]`` uint8."""
-    index_q = rotate_heads(index_q, rotary)
     key_rows = gather_cache(index_k_cache, block_table, max_seq_len)
     return index_scores_encoded(index_q, key_rows, index_weights, hadamard, numbers)
 

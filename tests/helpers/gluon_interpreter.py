@@ -156,8 +156,8 @@ class _Shared:
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    def slice(self, start: int, length: int, dim: int = 0) -> "_Shared":
-        return _Shared(self.values.narrow(dim, start, length))
+    def slice(self, start: int, length: int) -> "_Shared":
+        return _Shared(self.values[start : start + length])
 
     def index(self, position: int) -> "_Shared":
         return _Shared(self.values[position])
@@ -267,9 +267,6 @@ class _Language:
 
     def permute(self, x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
         return x.permute(*order)
-
-    def join(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.stack((x, y), -1)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return x.unbind(-1)

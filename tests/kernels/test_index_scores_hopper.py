@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from argosy.kernels import reference, reference_cache_rows
-from argosy.kernels.reference import RotaryRows
 from argosy.kernels.reference_cache_rows import FP8, INT8, NumberFormat
 from tests.helpers.gluon_interpreter import load_interpreted
-from tests.kernels.test_indexer_triton import DEVICE, IS_INTERPRETED, assert_same, draw, draw_rotary, rotate
+from tests.kernels.test_indexer_triton import DEVICE, IS_INTERPRETED, assert_same, draw
 
 # Requests whose tokens see part of a tile of keys, all of one and part of the next, or nothing; a last tile of tokens
 # that is short, and numbers of tokens that are no multiple of a turn's.
@@ -52,16 +51,6 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper card")
     return index_scores
-
-
-def rotate_rounding_once(index_q: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-    """As a card and the interpreter of Gluon do: Triton's interpreter rounds products that are summed."""
-    rope_dim = rotary.half_cos.shape[2]
-    turned = index_q.clone()
-    x = turned.flatten(0, 1)[..., :rope_dim]
-    swapped = x.roll(rope_dim // 2, dims=-1)
-    x.copy_(swapped.double() * rotary.half_sin.double() + (x * rotary.half_cos).double())
-    return turned
 
 
 @needs_device
@@ -121,28 +110,6 @@ def test_scores_of_few_tokens(
 
 
 @needs_device
-@pytest.mark.parametrize(("num_stages", "block_size", "rope_dim"), ((2, 64, 64), (3, 128, 64), (3, 64, 48)))
-@pytest.mark.parametrize("visible", FEW_VISIBLE, ids=lambda visible: f"{len(visible)}x{len(visible[0])}")
-def test_queries_of_few_tokens_are_rotated_as_they_are_read(
-    scorer: ModuleType, visible: tuple[tuple[int, ...], ...], num_stages: int, block_size: int, rope_dim: int
-) -> None:
-    """The bits of scores of queries that were rotated before; where the loop does not take them, they are."""
-    dtype = torch.float32 if IS_INTERPRETED else torch.bfloat16
-    index_q, cache, weights, table, num_visible = draw(visible, dtype, DIM, block_size)
-    rotary, longest = draw_rotary(num_visible.numel(), rope_dim), max(1, max(map(max, visible)))
-    is_inside = rope_dim == DIM // 2
-    turned = (rotate_rounding_once if IS_INTERPRETED and is_inside else rotate)(index_q, rotary)
-    arguments = (cache, weights, table, num_visible, longest)
-    tile = scorer.Tile(64, 1, num_stages, 4, 2, is_hopper=True)
-    expected = scorer.index_scores_paged(turned, *arguments, tile=tile)
-    before = index_q.clone()
-    scores = scorer.index_scores_paged(index_q, *arguments, rotary, tile=tile)
-    is_visible = torch.arange(longest, device=DEVICE) < num_visible.unsqueeze(2)
-    assert torch.equal(scores[is_visible], expected[is_visible])
-    assert torch.equal(index_q, before) == is_inside
-
-
-@needs_device
 @pytest.mark.parametrize("visible", FEW_VISIBLE[:2], ids=lambda visible: f"{len(visible)}x{len(visible[0])}")
 @pytest.mark.parametrize("is_whole", (False, True))
 @pytest.mark.parametrize("numbers", (INT8, FP8), ids=lambda numbers: str(numbers.dtype))
@@ -194,7 +161,6 @@ def test_loop_for_few_tokens_compiles() -> None:
     from tests.helpers.compiled import compile_gluon
     from tests.helpers.compiled.index_scores import FEW_HOPPER_KERNELS
 
-    assert any(kernel.constants["ROPE_DIM"] for kernel in FEW_HOPPER_KERNELS)
     for kernel in FEW_HOPPER_KERNELS:
         ptx, shared_bytes = compile_gluon(kernel)
         tile = FEW_HOPPER_TILES[int(kernel.constants["NUMBER_BYTES"])]

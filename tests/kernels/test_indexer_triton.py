@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from argosy.kernels import reference, reference_cache_rows
-from argosy.kernels.reference import RotaryRows, RotaryTable
 from argosy.kernels.reference_cache_rows import FP8, INT8, NumberFormat
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,20 +82,6 @@ def draw(
     return tuple(x.to(DEVICE) for x in (index_q.to(dtype), cache.to(dtype), weights, table, num_visible))
 
 
-def draw_rotary(num_tokens: int, rope_dim: int) -> RotaryRows:
-    angles = torch.rand(64, rope_dim // 2, device=DEVICE) * 6.28
-    return RotaryTable(angles.cos(), angles.sin()).at(torch.randint(64, (num_tokens,), device=DEVICE))
-
-
-def rotate(index_q: torch.Tensor, rotary: RotaryRows) -> torch.Tensor:
-    """A copy, rotated by the kernel that does nothing else."""
-    from argosy.kernels.triton.rotary import rope_half_split_
-
-    turned = index_q.clone()
-    rope_half_split_(turned.flatten(0, 1)[..., : rotary.half_cos.shape[2]], rotary)
-    return turned
-
-
 def assert_same(scores: torch.Tensor, expected: torch.Tensor, num_visible: torch.Tensor, tolerance: float) -> None:
     """All that is visible, and nothing else."""
     assert scores.shape == expected.shape
@@ -152,54 +137,6 @@ def test_queries_are_quantised_as_specified(scorer: ModuleType, dtype: torch.dty
     step = (numbers_expected.abs() / 8).clamp(min=1)  # or more than one, of either format
     assert ((numbers_out - numbers_expected).abs() <= step).all()
     assert (numbers_out != numbers_expected).float().mean() <= 1e-3
-
-
-@pytest.mark.parametrize(
-    ("batch", "num_tokens", "heads"), ((0, 1, 64), (1, 1, 64), (5, 2, 64), (3, 1, 128), (7, 1, 16))
-)
-@pytest.mark.parametrize("rope_dim", (DIM // 2, DIM // 4 + 2, DIM))
-@pytest.mark.parametrize("numbers", FORMATS, ids=lambda numbers: str(numbers.dtype))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_are_rotated_before_they_are_quantised(
-    scorer: ModuleType,
-    dtype: torch.dtype,
-    numbers: NumberFormat,
-    rope_dim: int,
-    batch: int,
-    num_tokens: int,
-    heads: int,
-) -> None:
-    """To the bits of what was rotated before."""
-    torch.manual_seed(batch)
-    index_q = torch.randn(batch, num_tokens, heads, DIM, device=DEVICE).to(dtype)
-    weights = torch.randn(batch, num_tokens, heads, device=DEVICE)
-    rotary = draw_rotary(batch * num_tokens, rope_dim)
-    hadamard = reference_cache_rows.hadamard_matrix(DIM, torch.device(DEVICE))
-    expected, expected_weights = scorer.quantize_queries(rotate(index_q, rotary), weights, hadamard, numbers)
-    quantized, scaled = scorer.quantize_queries(index_q, weights, hadamard, numbers, rotary)
-    assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(scaled, expected_weights)
-
-
-@pytest.mark.parametrize("is_encoded", (False, True))
-@pytest.mark.parametrize("visible", VISIBLE, ids=lambda visible: f"{len(visible)}x{len(visible[0])}")
-def test_scores_of_queries_that_are_not_rotated_yet(
-    scorer: ModuleType, visible: tuple[tuple[int, ...], ...], is_encoded: bool
-) -> None:
-    """Of few tokens and of many: the bits of scores of queries that were rotated before."""
-    dtype = torch.float32 if IS_INTERPRETED else torch.bfloat16
-    index_q, cache, weights, table, num_visible = draw(visible, dtype)
-    rotary, longest = draw_rotary(num_visible.numel(), DIM // 2), max(map(max, visible))
-    score, turned = scorer.index_scores_paged, rotate(index_q, rotary)
-    arguments: tuple[object, ...] = (cache, weights, table, num_visible, longest)
-    if is_encoded:
-        hadamard = reference_cache_rows.hadamard_matrix(DIM, torch.device(DEVICE))
-        rows = reference_cache_rows.encode_index_k(cache.nan_to_num().view(-1, DIM), hadamard, FP8)
-        arguments = (rows.view(*cache.shape[:2], DIM + 4), *arguments[1:], hadamard, FP8)
-        score = scorer.index_scores_paged_encoded
-    is_visible = torch.arange(longest, device=DEVICE) < num_visible.unsqueeze(2)
-    expected = score(turned, *arguments)[is_visible]
-    assert torch.equal(score(index_q, *arguments, rotary)[is_visible], expected)
 
 
 def test_only_sizes_of_tensor_instructions_are_taken(scorer: ModuleType) -> None:

@@ -19,12 +19,8 @@ from argosy.kernels import (
     grouped_gemm_loop,
     grouped_mlp,
     index_scores,
-    index_scores_paged,
-    index_scores_paged_encoded,
     positions_to_slots,
     reference,
-    reference_cache_rows,
-    reference_paged,
     rms_norm,
     rope_half_split_,
     rope_interleaved_,
@@ -33,7 +29,6 @@ from argosy.kernels import (
     silu_mul,
     write_cache,
 )
-from argosy.kernels.reference_cache_rows import INT8
 from tests.helpers.tolerance import FP32_OP_ATOL
 
 V32_ROPE = RotarySettings(
@@ -116,31 +111,6 @@ def test_index_scores_are_weighted_sums_of_relu_over_heads() -> None:
     for b, t, s in ((0, 0, 0), (1, 2, 4), (1, 0, 3)):
         expected = sum(weights[b, t, h] * max(0.0, float(query[b, t, h] @ key[b, s])) for h in range(4))
         assert index_scores(query, key, weights)[b, t, s].item() == pytest.approx(float(expected), abs=1e-5)
-
-
-@pytest.mark.parametrize(("batch", "num_tokens"), ((0, 1), (3, 1), (2, 3)))
-@pytest.mark.parametrize("is_encoded", (False, True))
-def test_index_scores_rotate_queries_that_are_not_yet(is_encoded: bool, batch: int, num_tokens: int) -> None:
-    """To the bits of what was rotated before, the queries being part of a wider tensor or not."""
-    wide, weights = _random(batch, num_tokens + 1, 4, 16), _random(batch, num_tokens, 4, seed=1)
-    num_rows = batch * num_tokens
-    _, rotary = _angles(num_rows + 3, 4)
-    rotary, whole = rotary.rows(2, 2 + num_rows), rotary.rows(0, num_rows + 3)
-    assert whole.half_cos.shape[0] == num_rows + 3 and rotary.turns.shape == (num_rows, 1, 4)
-    turned = wide[:, :num_tokens].contiguous()
-    rope_half_split_(turned.flatten(0, 1)[..., :8], rotary)
-    cache, table = _random(7, 4, 16, seed=2), torch.arange(2 * batch, dtype=torch.int32).view(batch, 2)
-    visible = torch.full((batch, num_tokens), 7, dtype=torch.int32)
-    score, rest = index_scores_paged, (weights, table, visible, 7)
-    if is_encoded:
-        hadamard = reference_cache_rows.hadamard_matrix(16, torch.device("cpu"))
-        cache = reference_cache_rows.encode_index_k(cache.view(-1, 16), hadamard, INT8).view(7, 4, 20)
-        score, rest = index_scores_paged_encoded, (*rest, hadamard, INT8)
-    expected = score(turned, cache, *rest)
-    plain = getattr(reference_paged, score.__name__)
-    assert torch.equal(plain(wide[:, :num_tokens].clone(), cache, *rest, rotary), expected)
-    assert torch.equal(score(wide[:, :num_tokens].contiguous(), cache, *rest, rotary), expected)
-    assert torch.equal(score(wide[:, :num_tokens], cache, *rest, rotary), expected)
 
 
 def test_topk_takes_the_lowest_positions_among_equal_scores() -> None:

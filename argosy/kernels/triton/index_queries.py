@@ -1,61 +1,45 @@
-"""The indexer's queries in 8 bits, as its encoded keys are: rotated by position, by Hadamard's matrix, and rounded.
+"""The indexer's queries in 8 bits, as its encoded keys are: turned by Hadamard's matrix, and rounded.
 
-Invariant: bit for bit what ``reference_cache_rows`` makes of a query; rotating by position here or before is the same.
+Invariant: bit for bit what ``reference_cache_rows`` makes of a query.
 
-Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, P numbers of a head that are rotated.
+Shape letters: B requests, T tokens of each, J index heads, I index_head_dim.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from argosy.kernels.reference import RotaryRows
 from argosy.kernels.reference_cache_rows import MIN_AMAX, NumberFormat
-from argosy.kernels.reference_paged import rotate_heads
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.quantize import ROUNDER
-from argosy.kernels.triton.rotary import rope_half_split_, rotate_half
 
-QUANTIZED_ROWS = 128  # heads of any tokens that one program quantises
-# Heads of one token that a program can also rotate by position: fewer go through other instructions, with other sums.
-ROTATED_HEADS = (64, 128)
+QUANTIZED_ROWS = 128  # queries that one program rotates
 # x plus its power of two times FP8_ROUNDER, minus that again, is x with e4m3's 3 bits behind the first.
 FP8_MIN_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
 FP8_ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2.0**20)
 
 
 def quantize_queries(
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
-    hadamard: torch.Tensor,
-    numbers: NumberFormat,
-    rotary: RotaryRows | None = None,
+    index_q: torch.Tensor, index_weights: torch.Tensor, hadamard: torch.Tensor, numbers: NumberFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``index_q: [B, T, J, I]``, ``index_weights: [B, T, J]`` f32 -> numbers [B, T, J, I], and the weights times their
-    scales: [B, T, J] f32. ``rotary``: of the B T tokens, which are rotated first."""
-    heads, dim = index_q.shape[2:]
-    if rotary is not None and heads not in ROTATED_HEADS:
-        index_q, rotary = rotate_heads(index_q, rotary, rope_half_split_), None
+    scales: [B, T, J] f32."""
     query = torch.empty(index_q.shape, dtype=numbers.dtype, device=index_q.device)
     weights = torch.empty(index_weights.shape, dtype=torch.float32, device=index_q.device)
     num_rows = weights.numel()
-    block_rows = QUANTIZED_ROWS if rotary is None else heads
     if num_rows:
-        _quantize_queries_kernel[(triton.cdiv(num_rows, block_rows),)](
+        _quantize_queries_kernel[(triton.cdiv(num_rows, QUANTIZED_ROWS),)](
             index_q.contiguous(),
             index_weights.contiguous(),
             hadamard,
-            hadamard if rotary is None else rotary.half_cos.contiguous(),  # a launch needs a pointer
-            hadamard if rotary is None else rotary.half_sin.contiguous(),
             query,
             weights,
             num_rows,
             MIN_AMAX=MIN_AMAX,
             MAX_VALUE=numbers.max_value,
             IS_INTEGER=not numbers.dtype.is_floating_point,
-            DIM=dim,
-            ROPE_DIM=0 if rotary is None else rotary.half_cos.shape[2],
-            BLOCK_ROWS=block_rows,
+            DIM=index_q.shape[3],
+            BLOCK_ROWS=QUANTIZED_ROWS,
             num_warps=8,
             launch_pdl=IS_ON,
         )
@@ -67,8 +51,6 @@ def _quantize_queries_kernel(
     index_q,
     index_weights,
     hadamard,
-    half_cos,
-    half_sin,
     query,
     weights,
     num_rows,
@@ -76,24 +58,18 @@ def _quantize_queries_kernel(
     MAX_VALUE: tl.constexpr,  # noqa: N803
     IS_INTEGER: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
-    ROPE_DIM: tl.constexpr,  # noqa: N803
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
 ):
-    """``ROPE_DIM``: P, where the rows are those of one token and not rotated yet, or 0."""
     let_next_start()
     wait_for_inputs()
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, DIM)
     is_row = rows < num_rows
     places = rows[:, None].to(tl.int64) * DIM + columns[None, :]
+    x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
+    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
     magnitude = tl.load(hadamard)
     turns = tl.load(hadamard + columns[:, None] * DIM + columns[None, :])
-    if ROPE_DIM:
-        turn = tl.program_id(0) * ROPE_DIM
-        x = _load_rotated(index_q + rows[:, None].to(tl.int64) * DIM, half_cos + turn, half_sin + turn, DIM, ROPE_DIM)
-    else:
-        x = tl.load(index_q + places, mask=is_row[:, None], other=0.0)
-    # NOTE(numerics): with +-1 the products are exact in every float dtype; the magnitude comes in once, at the end.
     signs = tl.where(turns > 0, 1.0, -1.0).to(x.dtype)
     rotated = tl.dot(x, signs, input_precision="ieee") * magnitude
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(rotated), axis=1), MIN_AMAX), MAX_VALUE)
@@ -108,17 +84,3 @@ def _quantize_queries_kernel(
     tl.store(query + places, units.to(query.dtype.element_ty), mask=is_row[:, None])
     weight = tl.load(index_weights + rows, mask=is_row, other=0.0)
     tl.store(weights + rows, weight * scale, mask=is_row)
-
-
-@triton.jit
-def _load_rotated(rows, half_cos, half_sin, DIM: tl.constexpr, ROPE_DIM: tl.constexpr):  # noqa: N803
-    """``rows: [r, 1]`` pointers to heads of one token, ``half_cos: [P]`` f32, ``half_sin`` -> [r, I]."""
-    columns = tl.arange(0, DIM)[None, :]
-    is_rope = columns < ROPE_DIM
-    swapped_columns = tl.where(columns < ROPE_DIM // 2, columns + ROPE_DIM // 2, columns - ROPE_DIM // 2)
-    x = tl.load(rows + columns)
-    swapped = tl.load(rows + swapped_columns, mask=is_rope, other=0.0)
-    cos = tl.load(half_cos + columns, mask=is_rope, other=0.0)
-    sin = tl.load(half_sin + columns, mask=is_rope, other=0.0)
-    turned = rotate_half(x.to(tl.float32), swapped.to(tl.float32), cos, sin).to(x.dtype)
-    return tl.where(is_rope, turned, x)

@@ -6,8 +6,7 @@ Many tokens: a program keeps a tile of keys, and queries stream past it. On Hopp
 ``index_scores_few_hopper.py``, the other by ``index_scores_hopper.py``.
 Invariant: what the host does not know, how many keys are visible, decides how much is done.
 
-Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, P numbers of a head that are rotated,
-S keys of one sequence.
+Shape letters: B requests, T tokens of each, J index heads, I index_head_dim, S keys of one sequence.
 """
 
 from dataclasses import dataclass
@@ -19,21 +18,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from argosy.kernels.reference import RotaryRows
 from argosy.kernels.reference_cache_rows import NumberFormat
-from argosy.kernels.reference_paged import rotate_heads
 from argosy.kernels.triton import index_scores_hopper
 from argosy.kernels.triton.card import capability, count_multiprocessors
 from argosy.kernels.triton.dependent_launch import IS_ON, let_next_start, wait_for_inputs
 from argosy.kernels.triton.index_queries import quantize_queries
-from argosy.kernels.triton.index_scores_few_hopper import (
-    FEW_KEYS,
-    WHOLE_BYTES,
-    launch_few_on_hopper,
-    rotates_few_on_hopper,
-)
+from argosy.kernels.triton.index_scores_few_hopper import FEW_KEYS, WHOLE_BYTES, launch_few_on_hopper
 from argosy.kernels.triton.index_scores_hopper import score_tokens_on_hopper
-from argosy.kernels.triton.rotary import rope_half_split_
 
 INTERPRETED_PROGRAMS = 4  # few enough that each does several tiles
 FEW_TOKENS = 8  # of a request; up to here keys are read once for each
@@ -94,7 +85,6 @@ def index_scores_paged(
     block_table: torch.Tensor,
     num_visible: torch.Tensor,
     max_seq_len: int,
-    rotary: RotaryRows | None = None,
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -103,10 +93,9 @@ def index_scores_paged(
     ``index_q: [B, T, J, I]``, ``index_k_cache: [num_blocks, block_size, I]`` of its dtype, ``index_weights: [B, T, J]``
     f32, ``block_table: [B, >= blocks]`` int32, ``num_visible: [B, T]`` int32. Returns [B, T, max_seq_len] f32, rows
     padded; what lies at and behind ``num_visible`` is unspecified. J and I are powers of two, the cache is contiguous.
-    ``rotary``: of the B T tokens, whose queries are rotated first; what index_q holds afterwards is unspecified. No
-    host sync.
+    No host sync.
     """
-    return _score(index_q, index_k_cache, None, index_weights, block_table, num_visible, max_seq_len, tile, rotary)
+    return _score(index_q, index_k_cache, None, index_weights, block_table, num_visible, max_seq_len, tile)
 
 
 def index_scores_paged_encoded(
@@ -118,14 +107,13 @@ def index_scores_paged_encoded(
     max_seq_len: int,
     hadamard: torch.Tensor,
     numbers: NumberFormat,
-    rotary: RotaryRows | None = None,
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``reference_cache_rows.index_scores_encoded`` of key rows in a cache: ``index_k_cache: [num_blocks, block_size,
     I + 4]`` uint8. ``hadamard: [I, I]`` f32: all its numbers have one magnitude. Else as ``index_scores_paged``.
     """
-    query, weights = quantize_queries(index_q, index_weights, hadamard, numbers, rotary)
+    query, weights = quantize_queries(index_q, index_weights, hadamard, numbers)
     keys, scales = index_k_cache.view(numbers.dtype), index_k_cache.view(torch.float32)
     return _score(query, keys, scales, weights, block_table, num_visible, max_seq_len, tile)
 
@@ -155,14 +143,11 @@ def _score(
     num_visible: torch.Tensor,
     max_seq_len: int,
     tile: Tile | None,
-    rotary: RotaryRows | None = None,
 ) -> torch.Tensor:
     batch, num_tokens, heads, dim = query.shape
     num_rows = batch * num_tokens
     is_few = num_tokens <= FEW_TOKENS and num_rows <= MAX_FEW_ROWS
     tile = tile or choose_tile(query, keys.shape[1], is_few=is_few)
-    if rotary is not None and not (is_few and tile.is_hopper and rotates_few_on_hopper(query, rotary)):
-        query, rotary = rotate_heads(query, rotary, rope_half_split_), None
     row_multiple = ROW_MULTIPLE if is_few or not tile.is_hopper else tile.block_keys
     padded = triton.cdiv(max_seq_len, row_multiple) * row_multiple
     out = torch.empty(batch, num_tokens, padded, dtype=torch.float32, device=query.device)
@@ -195,7 +180,6 @@ def _score(
             *inputs,
             out,
             max_seq_len,
-            rotary,
             has_scales=scales is not None,
             num_programs=num_programs,
             num_stages=tile.num_stages,

@@ -2,11 +2,10 @@
 
 All rows' tiles lie in a line, of which a program takes one stretch; a tile is part of one block of the cache, so that
 one entry of the block table finds it. Copies of the next tiles, of the next row too, are under way while a tile is
-multiplied, and every warp counts the rows' tiles for itself: nothing but a buffer's turn waits for other warps. A query
-that is not rotated yet is rotated as it is read.
+multiplied, and every warp counts the rows' tiles for itself: nothing but a buffer's turn waits for other warps.
 Invariant: a buffer is filled again only behind the barrier that follows all warps' products of it.
 
-Shape letters: those of ``index_scores.py``; P numbers of a head that are rotated.
+Shape letters: those of ``index_scores.py``.
 """
 
 import torch
@@ -19,13 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from argosy.kernels.reference import RotaryRows
 from argosy.kernels.triton.dependent_launch import IS_ON
 from argosy.kernels.triton.dependent_launch_gluon import let_next_start, wait_for_inputs
 
 FEW_KEYS = 64  # of a tile
 WHOLE_BYTES = 132  # of an encoded row that can be copied as it lies
-SWIZZLED_BYTES = 128  # of a line of shared memory
 BLOCK_KEYS = gl.constexpr(FEW_KEYS)
 WARPS = gl.constexpr(4)
 MIN_ROWS = 32  # one for each of a warp's threads
@@ -37,13 +34,6 @@ STEP_ARGUMENTS = ["block_table", "num_visible", "num_rows", "num_tokens", "max_s
 BARRIER = gl.barrier if "barrier" in vars(gl) else gl.thread_barrier  # Triton 3.7's name, 3.6's
 
 
-def rotates_few_on_hopper(query: torch.Tensor, rotary: RotaryRows) -> bool:
-    """Whether ``launch_few_on_hopper`` takes ``query: [B, T, J, I]`` as it is before ``rotary``: half of a head's
-    numbers are rotated, in whole lines of shared memory."""
-    rope_dim = rotary.half_cos.shape[2]
-    return 2 * rope_dim == query.shape[3] and rope_dim * query.element_size() % SWIZZLED_BYTES == 0
-
-
 def launch_few_on_hopper(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -53,7 +43,6 @@ def launch_few_on_hopper(
     num_visible: torch.Tensor,
     out: torch.Tensor,
     max_seq_len: int,
-    rotary: RotaryRows | None,
     *,
     has_scales: bool,
     num_programs: int,
@@ -61,8 +50,7 @@ def launch_few_on_hopper(
     is_whole: bool,
 ) -> None:
     """``query: [B, T, J, I]``, ``keys: [num_blocks, block_size, >= I]`` of its dtype, ``scales``: its bytes as f32,
-    ``out: [B, T, >= max_seq_len]`` f32, ``rotary``: of the B T tokens, where they are not rotated yet; all but the
-    table contiguous."""
+    ``out: [B, T, >= max_seq_len]`` f32; all but the table contiguous."""
     batch, num_tokens, heads, dim = query.shape
     num_rows = batch * num_tokens
     assert keys.shape[1] % FEW_KEYS == 0, keys.shape
@@ -74,8 +62,6 @@ def launch_few_on_hopper(
         weights,
         block_table,
         num_visible,
-        weights if rotary is None else rotary.half_cos.contiguous(),  # a launch needs a pointer
-        weights if rotary is None else rotary.half_sin.contiguous(),
         out,
         num_rows,
         num_tokens,
@@ -88,7 +74,6 @@ def launch_few_on_hopper(
         HAS_SCALES=has_scales,
         HEADS=heads,
         DIM=dim,
-        ROPE_DIM=0 if rotary is None else rotary.half_cos.shape[2],
         NUM_ROWS=max(MIN_ROWS, 1 << (num_rows - 1).bit_length()),
         NUM_STAGES=num_stages,
         IS_WHOLE=is_whole,
@@ -105,8 +90,6 @@ def score_few_on_hopper(
     weights,
     block_table,
     num_visible,
-    half_cos,
-    half_sin,
     out,
     num_rows,
     num_tokens,
@@ -119,13 +102,13 @@ def score_few_on_hopper(
     HAS_SCALES: gl.constexpr,  # noqa: N803
     HEADS: gl.constexpr,  # noqa: N803
     DIM: gl.constexpr,  # noqa: N803
-    ROPE_DIM: gl.constexpr,  # noqa: N803
     NUM_ROWS: gl.constexpr,  # noqa: N803
     NUM_STAGES: gl.constexpr,  # noqa: N803
     IS_WHOLE: gl.constexpr,  # noqa: N803
 ):
-    """``query: [B T, J, I]``, ``weights: [B T, J]`` f32, ``half_cos: [B T, P]`` f32, ``half_sin``, ``out: [B T,
-    out_stride]``; ``BLOCK_SIZE``: a multiple of ``BLOCK_KEYS``, ``ROPE_DIM``: P, or 0 where all is rotated already."""
+    """``query: [B T, J, I]``, ``weights: [B T, J]`` f32, ``out: [B T, out_stride]``; ``BLOCK_SIZE``: a multiple of
+    ``BLOCK_KEYS``."""
+    QUERY: gl.constexpr = _lines_of(16 // NUMBER_BYTES, DIM)  # noqa: N806
     PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 32 // NUMBER_BYTES])  # noqa: N806
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 8 * NUMBER_BYTES, 2)  # noqa: N806
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=PRODUCTS, k_width=4 // NUMBER_BYTES)  # noqa: N806
@@ -170,6 +153,9 @@ def score_few_on_hopper(
         )
     place = places[NUM_STAGES - 1]
 
+    heads = gl.arange(0, HEADS, layout=gl.SliceLayout(1, QUERY))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, QUERY))
+    query_places = gl.expand_dims(heads, 1) * DIM + gl.expand_dims(dims, 0)
     columns = gl.arange(0, HEADS, layout=gl.SliceLayout(0, PRODUCTS))
     tile_keys = gl.arange(0, BLOCK_KEYS, layout=gl.SliceLayout(1, PRODUCTS))
     if IS_WHOLE:
@@ -180,20 +166,12 @@ def score_few_on_hopper(
     free = stage + (NUM_STAGES - 1)
     while tile < stop:
         row, row_start, row_stop = _find_row(behind, tile)
-        source = query + row.to(gl.int64) * (HEADS * DIM)
-        if ROPE_DIM:
-            parts = _load_parts(source, half_cos, half_sin, row, HEADS, DIM, ROPE_DIM, NUMBER_BYTES)
-        else:
-            parts = (_load_columns(source, 0, HEADS, DIM, DIM, NUMBER_BYTES),)
+        values = gl.load(query + row.to(gl.int64) * (HEADS * DIM) + query_places)
         row_weights = gl.load(weights + row * HEADS + columns)
         num_keys = gl.minimum(gl.load(num_visible + row), max_seq_len)
         target = out + row.to(gl.int64) * out_stride
         BARRIER()  # for the row before
-        if ROPE_DIM:
-            row_query.slice(ROPE_DIM, DIM - ROPE_DIM, 1).store(parts[0])
-            row_query.slice(0, ROPE_DIM, 1).store(_rotate(parts, HEADS, ROPE_DIM))
-        else:
-            row_query.store(parts[0])
+        row_query.store(values)
         fence_async_shared()
         row_stop = gl.minimum(row_stop, stop)
         while tile < row_stop:
@@ -348,67 +326,6 @@ def _whole_rows(vector, padding):
     if vector == 1:
         return gl.PaddedSharedLayout([[1, padding]], [[place] for place, _ in rows], [], [64])
     return gl.PaddedSharedLayout([[vector, padding]], columns + rows, [], [64, vector])
-
-
-@gluon.jit
-def _load_columns(
-    source,
-    first,
-    HEADS: gl.constexpr,  # noqa: N803
-    DIM: gl.constexpr,  # noqa: N803
-    NUM_COLUMNS: gl.constexpr,  # noqa: N803
-    NUMBER_BYTES: gl.constexpr,  # noqa: N803
-):
-    """``source: [J, I]`` -> [J, NUM_COLUMNS], from the column ``first`` on."""
-    LINES: gl.constexpr = _lines_of(16 // NUMBER_BYTES, NUM_COLUMNS)  # noqa: N806
-    heads = gl.expand_dims(gl.arange(0, HEADS, layout=gl.SliceLayout(1, LINES)), 1)
-    columns = gl.expand_dims(gl.arange(0, NUM_COLUMNS, layout=gl.SliceLayout(0, LINES)), 0)
-    return gl.load(source + (heads * DIM + columns + first))
-
-
-@gluon.jit
-def _load_parts(
-    source,
-    half_cos,
-    half_sin,
-    row,
-    HEADS: gl.constexpr,  # noqa: N803
-    DIM: gl.constexpr,  # noqa: N803
-    ROPE_DIM: gl.constexpr,  # noqa: N803
-    NUMBER_BYTES: gl.constexpr,  # noqa: N803
-):
-    """Of ``source: [J, I]`` what is not rotated [J, I - P], both halves of what is [J, P / 2], and the row's cosines
-    and sines [P / 2].
-
-    NOTE(order): whoever rotates does so behind a barrier, so that all of them are asked for before one is waited for.
-    """
-    HALF: gl.constexpr = ROPE_DIM // 2  # noqa: N806
-    LINES: gl.constexpr = _lines_of(16 // NUMBER_BYTES, HALF)  # noqa: N806
-    rest = _load_columns(source, ROPE_DIM, HEADS, DIM, DIM - ROPE_DIM, NUMBER_BYTES)
-    first = _load_columns(source, 0, HEADS, DIM, HALF, NUMBER_BYTES)
-    second = _load_columns(source, HALF, HEADS, DIM, HALF, NUMBER_BYTES)
-    # Both halves have the same cosines; the sines of the first half are those of the second, negated.
-    columns = gl.arange(0, HALF, layout=gl.SliceLayout(0, LINES))
-    cos = gl.load(half_cos + (row * ROPE_DIM + columns))
-    sin = gl.load(half_sin + (row * ROPE_DIM + HALF + columns))
-    return rest, first, second, cos, sin
-
-
-@gluon.jit
-def _rotate(parts, HEADS: gl.constexpr, ROPE_DIM: gl.constexpr):  # noqa: N803
-    """What ``_load_parts`` gave -> [J, P]."""
-    _, first, second, cos, sin = parts
-    turned_first = _rotate_half(first, second, cos, -sin)
-    turned_second = _rotate_half(second, first, cos, sin)
-    turned = gl.permute(gl.join(turned_first, turned_second), (0, 2, 1))  # [J, 2, P / 2]
-    return gl.reshape(turned, [HEADS, ROPE_DIM])
-
-
-@gluon.jit
-def _rotate_half(values, swapped, cos, sin):
-    """``rotary.rotate_half`` in Gluon, rounded: ``values: [J, P / 2]``, ``cos: [P / 2]`` f32."""
-    product = values.to(gl.float32) * gl.expand_dims(cos, 0)
-    return gl.fma(swapped.to(gl.float32), gl.expand_dims(sin, 0), product).to(values.dtype)
 
 
 @gluon.jit

@@ -31,9 +31,8 @@ K_NORM_EPS = 1e-6  # fixed in the published code, not in config.json
 class IndexQuery:
     """What scores the cached index keys."""
 
-    index_q: torch.Tensor  # [T, J, I]: those of decode rows are rotated where they are scored
+    index_q: torch.Tensor  # [T, J, I]
     index_weights: torch.Tensor  # [T, J] float32, holding I^-0.5 * J^-0.5
-    decode_rotary: RotaryRows
 
 
 class Indexer(nn.Module):
@@ -64,25 +63,20 @@ class Indexer(nn.Module):
         product: torch.Tensor = self.wq_b(q_resid)
         return product
 
-    def make_query(self, index_weights: torch.Tensor, product: torch.Tensor, batch: ForwardBatch) -> IndexQuery:
-        """Takes ``product``, what ``project_query`` returned, and rotates what is there of prefill segments."""
+    def make_query(self, index_weights: torch.Tensor, product: torch.Tensor, rotary: RotaryRows) -> IndexQuery:
+        """Rotates ``product``, what ``project_query`` returned, in place."""
         query = product.view(index_weights.shape[0], self._heads, self._head_dim)
-        decodes, end = batch.attention.num_decode_tokens, query.shape[0]
-        if decodes < end:
-            rope_half_split_(query[decodes:, :, : self._rope_dim], batch.rotary.rows(decodes, end))
-        return IndexQuery(query, index_weights, batch.rotary.rows(0, decodes))
+        rope_half_split_(query[..., : self._rope_dim], rotary)
+        return IndexQuery(query, index_weights)
 
     def select_decode_slots(self, query: IndexQuery, kv: LayerKV, attention: AttentionMetadata) -> torch.Tensor:
-        """Cache slots for the decode rows: [num_decode_tokens, index_topk] int64, -1 where a sequence is shorter. Once
-        for a query: what it holds of these rows afterwards is unspecified."""
+        """Cache slots for the decode rows: [num_decode_tokens, index_topk] int64, -1 where a sequence is shorter."""
         rows = attention.num_decode_tokens
         block_table = attention.block_table[:rows]
         index_q, index_weights = query.index_q[:rows].unsqueeze(1), query.index_weights[:rows].unsqueeze(1)
         num_visible = attention.seq_lens[:rows]
         max_seq_len = attention.max_decode_seq_len
-        scores = kv.index_scores(
-            index_q, index_weights, block_table, num_visible.unsqueeze(1), max_seq_len, query.decode_rotary
-        )
+        scores = kv.index_scores(index_q, index_weights, block_table, num_visible.unsqueeze(1), max_seq_len)
         return select_topk_slots(scores.squeeze(1), num_visible, self.topk, block_table, kv.block_size)
 
     def select_prefill_slots(

@@ -145,7 +145,7 @@ class MLAAttention(nn.Module):
         written.wait()
         if index_weights is None or product is None:
             return IndexChoice(None, None)
-        query = self.indexer.make_query(index_weights, product, batch)
+        query = self.indexer.make_query(index_weights, product, batch.rotary)
         if batch.attention.max_decode_seq_len <= self.indexer.topk:
             return IndexChoice(query, None)
         return IndexChoice(query, self.indexer.select_decode_slots(query, kv, batch.attention))

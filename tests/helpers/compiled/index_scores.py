@@ -7,7 +7,7 @@ from argosy.kernels.triton.index_scores import (
 )
 from tests.helpers.compiled import SM_90, Kernel
 
-HEADS, DIM, ROPE_DIM, BLOCK_SIZE = 64, 128, 64, 64
+HEADS, DIM, BLOCK_SIZE = 64, 128, 64
 LENGTHS = {"num_rows": "i32", "num_tokens": "i32", "max_seq_len": "i32", "table_stride": "i32", "out_stride": "i32"}
 # Triton's and the instruction's names of the numbers in the cache, and their bytes.
 FORMATS = (("i8", ".s32.s8.s8", 1), ("fp8e4nv", ".f32.e4m3.e4m3", 1), ("bf16", ".f32.bf16.bf16", 2))
@@ -92,27 +92,27 @@ def compile_for_hopper(kernel: Kernel) -> tuple[str, int]:
     return compiled.asm["ptx"], compiled.metadata.shared
 
 
-def score_few_on_hopper(number: str, product: str, num_bytes: int, *, is_whole: bool, rope_dim: int = 0) -> Kernel:
+def score_few_on_hopper(number: str, product: str, num_bytes: int, *, is_whole: bool) -> Kernel:
     tile = FEW_HOPPER_TILES[num_bytes]
     has_scales = num_bytes == 1
     width = "0x10" if is_whole or not has_scales else "0x4"
     return Kernel(
         "index_scores_few_hopper.score_few_on_hopper",
         {"query": f"*{number}", "keys": f"*{number}", "scales": "*fp32" if has_scales else f"*{number}"}
-        | {"weights": "*fp32", "block_table": "*i32", "num_visible": "*i32", "half_cos": "*fp32", "half_sin": "*fp32"}
-        | {"out": "*fp32"}
+        | {"weights": "*fp32", "block_table": "*i32", "num_visible": "*i32", "out": "*fp32"}
         | LENGTHS,
         {"BLOCK_SIZE": BLOCK_SIZE, "KEY_STRIDE": DIM + 4 if has_scales else DIM, "HAS_SCALES": has_scales}
-        | {"NUMBER_BYTES": num_bytes, "HEADS": HEADS, "DIM": DIM, "ROPE_DIM": rope_dim, "NUM_ROWS": 128}
-        | {"NUM_STAGES": tile.num_stages, "IS_WHOLE": is_whole},
+        | {"NUMBER_BYTES": num_bytes, "HEADS": HEADS, "DIM": DIM, "NUM_ROWS": 128, "NUM_STAGES": tile.num_stages}
+        | {"IS_WHOLE": is_whole},
         num_warps=tile.num_warps,
         instructions=("wgmma.mma_async.sync.aligned.m64n64", product, f", {width}, {width};"),
-        label=f"{number}{' whole' * is_whole}{' rotated' * (rope_dim > 0)}",
+        label=f"{number}{' whole' * is_whole}",
     )
 
 
 # Gluon's too, without descriptors.
-FEW_HOPPER_KERNELS = (
-    *(score_few_on_hopper(*numbers, is_whole=is_whole) for numbers in FORMATS[:2] for is_whole in (False, True)),
-    *(score_few_on_hopper(*FORMATS[2], is_whole=False, rope_dim=rope_dim) for rope_dim in (0, ROPE_DIM)),
+FEW_HOPPER_KERNELS = tuple(
+    score_few_on_hopper(*numbers, is_whole=is_whole)
+    for numbers in FORMATS
+    for is_whole in ((False, True) if numbers[2] == 1 else (False,))
 )
