@@ -2,7 +2,7 @@
 
 On such a card, or without one in an interpreter (``tests/helpers/gluon_interpreter.py``), at small sizes:
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_index_scores_hopper.py
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_index_scores_hopper_triton.py
 """
 
 from types import ModuleType
